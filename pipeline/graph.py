@@ -1,0 +1,210 @@
+"""The one DALI graph, for CPU and GPU: read, decode, two views, distortion. No other file holds DALI operators.
+
+What keeps it true on a GPU: named arguments (sigma, factors, rectangles) are CPU data, so that whatever depends on
+pixels, such as the image's own mean, is arithmetic in the graph; and nothing on the CPU follows what is on the GPU.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from nvidia.dali import fn, pipeline_def, types
+from nvidia.dali.data_node import DataNode
+from nvidia.dali.pipeline import Pipeline
+from nvidia.dali.types import BatchInfo
+
+from pipeline.distortion import Rectangles, draw_rectangles, num_pastes
+from pipeline.spec import DistortionSpec, ViewSpec
+
+Store = Literal["raw", "jpeg", "png"]
+EXTENSIONS: dict[Store, str] = {"raw": "raw", "jpeg": "jpg", "png": "png"}
+
+
+@dataclass(frozen=True)
+class ReaderSpec:
+    """Which samples a rank reads, and how they are stored."""
+
+    tar_paths: tuple[str, ...]
+    index_paths: tuple[str, ...]
+    store: Store
+    size_px: int
+    """Side of the stored squares; only `raw` needs it."""
+    rank: int
+    world_size: int
+    seed: int
+    shuffle: bool
+    shuffle_buffer_samples: int = 1024
+
+
+def build_graph(
+    reader: ReaderSpec,
+    view: ViewSpec,
+    distortion: DistortionSpec | None,
+    *,
+    target: Literal["aligned", "unflipped"],
+    batch_size: int,
+    device_id: int | None,
+    num_threads: int,
+    checkpoint: bytes | None = None,
+) -> Pipeline:
+    """Return the built pipeline; its outputs are query, key and target, uint8 [crop_size_px, crop_size_px, 1] a sample.
+
+    All that is random in it follows from the reader's seed and rank and the number of batches drawn so far.
+    `device_id` None is the CPU. `checkpoint` is what `Pipeline.checkpoint()` of the same graph returned: the next batch
+    is then the one that came after it.
+    """
+    pipeline = _graph(
+        reader,
+        view,
+        distortion,
+        target,
+        batch_size=batch_size,
+        num_threads=num_threads,
+        device_id=device_id,
+        seed=(reader.seed * 1_000_003 + reader.rank * 7919 + 1) % 2**31,  # DALI's seed is one 31-bit number
+        enable_conditionals=True,
+        enable_checkpointing=True,
+        prefetch_queue_depth=2,
+        checkpoint=checkpoint,
+    )
+    pipeline.build()
+    return pipeline
+
+
+@pipeline_def
+def _graph(
+    reader: ReaderSpec, view: ViewSpec, distortion: DistortionSpec | None, target: str
+) -> tuple[DataNode, DataNode, DataNode]:
+    pipeline = Pipeline.current()
+    image, image_shape = _read(reader, on_gpu=pipeline.device_id is not None)
+    query, query_is_flipped = _crop(image, image_shape, view)
+    restore = query if target == "aligned" else fn.flip(query, horizontal=fn.cast(query_is_flipped, dtype=types.INT32))
+    key, _ = _crop(image, image_shape, view)
+    query = _blur(_jitter(query, view), view)
+    key = _blur(_jitter(key, view), view)
+    if distortion is not None:
+        shared = (distortion, view.crop_size_px, pipeline.max_batch_size)
+        query = _distort(query, _RectangleSource(*shared, seed=(pipeline.seed, 0)))
+        key = _distort(key, _RectangleSource(*shared, seed=(pipeline.seed, 1)))
+    return query, key, restore
+
+
+def _read(reader: ReaderSpec, *, on_gpu: bool) -> tuple[DataNode, DataNode]:
+    """Return the decoded images, uint8 HWC with one channel, and their shapes (CPU, int64 [3])."""
+    shuffling = (
+        # The order of the tars must be the same for all ranks, so it can't follow from the rank's own seed.
+        {"random_shuffle": True, "shuffle_after_epoch": True, "shuffle_after_epoch_seed": reader.seed % 2**31}
+        if reader.shuffle
+        else {}
+    )
+    encoded = fn.readers.webdataset(
+        paths=list(reader.tar_paths),
+        index_paths=list(reader.index_paths),
+        ext=[EXTENSIONS[reader.store]],
+        missing_component_behavior="error",
+        initial_fill=reader.shuffle_buffer_samples,
+        shard_id=reader.rank,
+        num_shards=reader.world_size,
+        **shuffling,
+    )
+    if reader.store == "raw":
+        shape = [reader.size_px, reader.size_px, 1]
+        pixels = encoded.gpu() if on_gpu else encoded
+        return fn.reshape(pixels, shape=shape, layout="HWC"), types.Constant(shape, dtype=types.INT64)
+    image = fn.decoders.image(encoded, device="mixed" if on_gpu else "cpu", output_type=types.GRAY)
+    return image, fn.peek_image_shape(encoded)
+
+
+def _crop(image: DataNode, image_shape: DataNode, view: ViewSpec) -> tuple[DataNode, DataNode]:
+    """Random resized crop and flip in one resampling: a region whose ends are swapped is resized mirrored."""
+    anchor, extent = fn.random_crop_generator(
+        image_shape, random_area=list(view.crop_area), random_aspect_ratio=list(view.crop_aspect)
+    )
+    start = fn.cast(anchor, dtype=types.FLOAT)
+    extent = fn.cast(extent, dtype=types.FLOAT)
+    is_flipped = fn.random.coin_flip(probability=view.flip_probability, dtype=types.BOOL)
+    swap = fn.stack(0.0, fn.cast(is_flipped, dtype=types.FLOAT))  # of (y, x), x alone
+    crop = fn.resize(
+        image,
+        size=[view.crop_size_px, view.crop_size_px],
+        roi_start=start + extent * swap,
+        roi_end=start + extent * (1.0 - swap),
+        interp_type=types.INTERP_LINEAR,
+        antialias=True,
+    )
+    return crop, is_flipped
+
+
+def _jitter(image: DataNode, view: ViewSpec) -> DataNode:
+    """Brightness and contrast, in either order, each saturating as torchvision's ColorJitter on a grey image does."""
+    brightness = fn.random.uniform(range=list(view.brightness))
+    contrast = fn.random.uniform(range=list(view.contrast))
+    brightness_first = fn.random.coin_flip(dtype=types.BOOL)
+    if fn.random.coin_flip(probability=view.jitter_probability, dtype=types.BOOL):
+        if brightness_first:
+            output = _scale_contrast(_scale_brightness(image, brightness), contrast)
+        else:
+            output = _scale_brightness(_scale_contrast(image, contrast), brightness)
+    else:
+        output = image
+    return output
+
+
+def _scale_brightness(image: DataNode, factor: DataNode) -> DataNode:
+    return fn.cast(image * factor, dtype=types.UINT8)  # a cast rounds and saturates
+
+
+def _scale_contrast(image: DataNode, factor: DataNode) -> DataNode:
+    mean = fn.reductions.mean(image, dtype=types.FLOAT)
+    return fn.cast(image * factor + mean * (1.0 - factor), dtype=types.UINT8)
+
+
+def _blur(image: DataNode, view: ViewSpec) -> DataNode:
+    sigma = fn.random.uniform(range=list(view.blur_sigma_px))
+    if fn.random.coin_flip(probability=view.blur_probability, dtype=types.BOOL):
+        output = fn.gaussian_blur(image, sigma=sigma)
+    else:
+        output = image
+    return output
+
+
+@dataclass(frozen=True)
+class _RectangleSource:
+    """Feeds rectangle tables. It has no state, so that DALI's checkpoints resume it; DALI would trace a closure."""
+
+    spec: DistortionSpec
+    view_size_px: int
+    batch_size: int
+    seed: tuple[int, ...]
+
+    def __call__(self, batch: BatchInfo) -> Rectangles:
+        return draw_rectangles(self.spec, self.view_size_px, self.batch_size, self.seed, batch.iteration)
+
+
+def _distort(image: DataNode, source: _RectangleSource) -> DataNode:
+    """Paste, then erase, what the rectangle tables say."""
+    table = Rectangles(
+        *fn.external_source(
+            source,
+            num_outputs=len(Rectangles._fields),
+            batch_info=True,
+            dtype=[types.BOOL, *[types.INT32] * 3, types.BOOL, *[types.INT32] * 2],
+        )
+    )
+    if table.has_pastes:
+        pasted = fn.multi_paste(
+            *[image] * num_pastes(source.spec),
+            in_anchors=table.paste_from,
+            out_anchors=table.paste_to,
+            shapes=table.paste_size,
+        )
+    else:
+        pasted = image
+    if table.has_erasures:
+        distorted = fn.erase(
+            pasted,
+            anchor=fn.cast(table.erase_at, dtype=types.FLOAT),
+            shape=fn.cast(table.erase_size, dtype=types.FLOAT),
+        )
+    else:
+        distorted = pasted
+    return distorted
