@@ -1,9 +1,10 @@
 """Epochs of `Batch` from shard sets: endless and resumable for training, one exact pass for validation."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from nvidia.dali.pipeline import Pipeline
 from nvidia.dali.plugin.pytorch import feed_ndarray
@@ -100,12 +101,20 @@ class PretrainLoader:
     def state_dict(self) -> dict[str, Any]:
         """Return this rank's place in the data, random generators included."""
         state = torch.frombuffer(bytearray(self._pipeline.checkpoint()), dtype=torch.uint8)
-        return {"num_batches_drawn": self.num_batches_drawn, "pipeline": state}
+        return {"num_batches_drawn": self.num_batches_drawn, "seed": self._spec.seed, "pipeline": state}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken: the next batch is, byte for byte, the one that came next then."""
-        self._pipeline = self._build_pipeline(state["pipeline"].numpy().tobytes())
+        self._spec = replace(self._spec, seed=state["seed"])
+        self._pipeline = self._build_pipeline(state["pipeline"].cpu().numpy().tobytes())
         self.num_batches_drawn = state["num_batches_drawn"]
+
+    def start_anew(self, num_batches_drawn: int) -> None:
+        """Count on from `num_batches_drawn` with data in a new order: the number of ranks has changed."""
+        seed = int(np.random.default_rng([self._spec.seed, num_batches_drawn]).integers(2**31))
+        self._spec = replace(self._spec, seed=seed)
+        self._pipeline = self._build_pipeline()
+        self.num_batches_drawn = num_batches_drawn
 
     def _build_pipeline(self, checkpoint: bytes | None = None) -> Pipeline:
         spec = self._spec
@@ -122,11 +131,14 @@ class ValidationLoader:
 
     def __init__(self, spec: LoaderSpec, split: str = "val") -> None:
         """Open `split`."""
-        self._spec = spec
         self._split = split
         total = spec.num_samples(split)
+        num_readers = min(spec.world_size, total)  # DALI has no empty readers
+        self._spec = replace(spec, world_size=num_readers)
         # This is how DALI deals samples out to its readers.
-        self.num_samples = total * (spec.rank + 1) // spec.world_size - total * spec.rank // spec.world_size
+        self.num_samples = total * (spec.rank + 1) // num_readers - total * spec.rank // num_readers
+        if spec.rank >= num_readers:
+            self.num_samples = 0
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield this rank's share; its last batch may be smaller than the others."""

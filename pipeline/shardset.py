@@ -1,0 +1,334 @@
+"""A packed shard set: open it, read it, verify it. It may lie on `s3://` or wherever else fsspec reaches."""
+
+import hashlib
+import itertools
+import json
+import tarfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, Self
+
+import cv2
+import fsspec
+
+from errors import UserError
+from pipeline.packing import (
+    EXTENSIONS,
+    IndexEntry,
+    ShardWriter,
+    Store,
+    Unusable,
+    decode_grey,
+    format_index,
+    open_meta,
+    parse_index,
+    sample_block,
+)
+
+FORMAT = "dira-shard-set"
+VERSION = 1
+MANIFEST = "manifest.json"
+REJECTED = "rejected.csv"
+WORK_FOLDER = ".pack"
+"""What `pack` needs until it is done; an interrupted pack leaves it behind."""
+
+
+class Split(NamedTuple):
+    """The shards of one split, as DALI's webdataset reader wants them."""
+
+    tar_paths: list[str]
+    index_paths: list[str]
+    num_samples: int
+
+
+class Shard(NamedTuple):
+    """A tar and its index, as the manifest describes them."""
+
+    split: str
+    name: str
+    """Of the tar."""
+    samples: int
+    bytes: int
+    sha256: str
+    index_sha256: str
+
+    @property
+    def tar(self) -> str:
+        """Path in the set."""
+        return f"{self.split}/{self.name}"
+
+    @property
+    def index(self) -> str:
+        """Path in the set."""
+        return f"{self.split}/{self.name.removesuffix('.tar')}.idx"
+
+
+@dataclass(frozen=True)
+class ShardSet:
+    """What `shard_cxr14.py pack` wrote."""
+
+    path: str
+    manifest: dict[str, Any]
+
+    @classmethod
+    def open(cls, path: str | Path) -> Self:
+        """Open a shard set and look whether all its files are there, as long as they should be, and indexed.
+
+        Raises:
+            UserError: If not; one line that says what is wrong.
+        """
+        shard_set = cls.with_manifest(path)
+        of_shards = {n: p for n, p in shard_set.find_file_problems().items() if n.endswith((".tar", ".idx"))}
+        for shard in shard_set.shards:
+            if shard.index not in of_shards and not shard_set.has_index(shard):
+                of_shards[shard.index] = f"{shard_set.path}/{shard.index}: can't be the index of its tar"
+        if of_shards:
+            more = f" (and {len(of_shards) - 1} more)" if len(of_shards) > 1 else ""
+            raise UserError(f"{next(iter(of_shards.values()))}{more}; run shard_cxr14.py verify {path}, or pack again")
+        return shard_set
+
+    @classmethod
+    def with_manifest(cls, path: str | Path) -> Self:
+        """Open a shard set by its manifest alone, whatever has become of its other files."""
+        path = str(path).rstrip("/")
+        manifest = read_manifest(path)
+        if manifest is None:
+            raise UserError(f"{path}: no shard set ({MANIFEST} is missing); make one with shard_cxr14.py pack")
+        shard_set = cls(path, manifest)
+        try:
+            is_complete = shard_set.store in EXTENSIONS and shard_set.size_px >= 0 and bool(shard_set.shards)
+            is_complete &= all(isinstance(name, str) for name in shard_set.label_names)
+        except (KeyError, TypeError, AttributeError):
+            is_complete = False
+        if not is_complete:
+            raise UserError(f"{path}/{MANIFEST}: damaged; pack again")
+        return shard_set
+
+    @property
+    def store(self) -> Store:
+        """How images are stored."""
+        return self.manifest["store"]
+
+    @property
+    def size_px(self) -> int:
+        """Side (`raw`) or short side of the stored images; 0 for their original size."""
+        return self.manifest["size_px"]
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """What the entries of a sample's `labels` stand for; empty if no labels are known."""
+        return tuple(self.manifest["label_names"])
+
+    @property
+    def shards(self) -> list[Shard]:
+        """All of them, split by split."""
+        return [Shard(split, **shard) for split, info in self.manifest["splits"].items() for shard in info["shards"]]
+
+    def split(self, name: str) -> Split:
+        """The files of a split.
+
+        Raises:
+            UserError: If the set has no such split.
+        """
+        shards = self._shards_of(name)
+        return Split(
+            [f"{self.path}/{shard.tar}" for shard in shards],
+            [f"{self.path}/{shard.index}" for shard in shards],
+            sum(shard.samples for shard in shards),
+        )
+
+    def _shards_of(self, split: str) -> list[Shard]:
+        if split not in self.manifest["splits"]:
+            raise UserError(f"{self.path}: has no split {split!r}, only {', '.join(self.manifest['splits'])}")
+        return [shard for shard in self.shards if shard.split == split]
+
+    def read_samples(self, split: str) -> Iterator[tuple[str, dict[str, Any], bytes]]:
+        """Each sample's key, JSON (see `packing.seal_meta`) and stored image, in the order of packing.
+
+        Raises:
+            UserError: If the set has no such split, or a sample's checksum is wrong.
+        """
+        for shard in self._shards_of(split):
+            entries = parse_index(self.read(shard.index))
+            with self.open_file(shard.tar) as tar:
+                for entry in entries:
+                    tar.seek(entry.image_offset)
+                    image = tar.read(entry.image_size)
+                    tar.seek(entry.meta_offset)
+                    try:
+                        meta = open_meta(tar.read(entry.meta_size), image)
+                    except ValueError:
+                        raise UserError(f"{self.path}/{shard.tar}: sample {entry.key} is damaged; pack again") from None
+                    yield entry.key, meta, image
+
+    def open_file(self, name: str) -> BinaryIO:
+        """A file of the set, for reading."""
+        filesystem, root = fsspec.url_to_fs(self.path)
+        return filesystem.open(f"{root}/{name}", "rb")
+
+    def read(self, name: str) -> bytes:
+        """The content of a file of the set."""
+        with self.open_file(name) as file:
+            return file.read()
+
+    def find_file_problems(self) -> dict[str, str]:
+        """What is missing, surplus or not as long as it should be: a line for each file, by its name in the set."""
+        filesystem, root = fsspec.url_to_fs(self.path)
+        found = filesystem.find(root, detail=True)
+        sizes = {name.removeprefix(root).lstrip("/"): info["size"] for name, info in found.items()}
+        shards = self.shards
+        known = {MANIFEST, REJECTED} | {name for shard in shards for name in (shard.tar, shard.index)}
+        problems = dict.fromkeys(sorted(known - sizes.keys()), "missing")
+        surplus = sorted(name for name in sizes.keys() - known if not name.startswith(f"{WORK_FOLDER}/"))
+        problems |= dict.fromkeys(surplus, "not in the manifest")
+        for shard in shards:
+            if sizes.get(shard.tar, shard.bytes) != shard.bytes:
+                problems[shard.tar] = f"{sizes[shard.tar]} bytes instead of {shard.bytes}"
+        return {name: f"{self.path}/{name}: {problem}" for name, problem in problems.items()}
+
+    def has_index(self, shard: Shard) -> bool:
+        """Whether a shard's index can be read and fits its tar in length."""
+        try:
+            entries = parse_index(self.read(shard.index))
+        except ValueError:
+            return False
+        return (
+            len(entries) == shard.samples
+            and max((e.meta_offset + e.meta_size for e in entries), default=0) < shard.bytes
+        )
+
+
+def read_manifest(path: str) -> dict[str, Any] | None:
+    """A shard set's manifest, or None if the folder has none.
+
+    Raises:
+        UserError: If there is no such folder, or the manifest is not one that this version can read.
+    """
+    where = f"{path}/{MANIFEST}"
+    try:
+        filesystem, root = fsspec.url_to_fs(path)
+        if not filesystem.isdir(root):
+            raise UserError(f"{path}: no such folder")
+        if not filesystem.exists(f"{root}/{MANIFEST}"):
+            return None
+        manifest = json.loads(filesystem.cat_file(f"{root}/{MANIFEST}"))
+    except ImportError as error:
+        raise UserError(f"{path}: cannot be reached ({error})") from None
+    except OSError as error:
+        raise UserError(f"{where}: cannot be read ({error.strerror or error})") from None
+    except ValueError:
+        raise UserError(f"{where}: damaged; pack again") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise UserError(f"{where}: not the manifest of a shard set")
+    if manifest.get("version") != VERSION:
+        raise UserError(f"{where}: has version {manifest.get('version')}, this program reads {VERSION}; pack again")
+    return manifest
+
+
+# --- verification ---------------------------------------------------------------------------------------------------
+
+
+def verify_shard_set(
+    path: str | Path, num_workers: int = 1, advance: Callable[[int], None] = lambda _: None
+) -> list[str]:
+    """Check every byte of a shard set against its checksums, and that every image decodes.
+
+    Args:
+        path: The shard set.
+        num_workers: Shards looked at at the same time.
+        advance: Called with the number of samples that have been dealt with since the last call.
+
+    Returns:
+        What is wrong, a line each, with the shard and, where the damage lies in a sample, its key.
+
+    Raises:
+        UserError: If it has no manifest that can be read.
+    """
+    cv2.setNumThreads(1)
+    shard_set = ShardSet.with_manifest(path)
+    problems = shard_set.find_file_problems()
+    shards = [shard for shard in shard_set.shards if shard.tar not in problems]
+    with ThreadPoolExecutor(num_workers) as pool:
+        verify = lambda shard: _verify_shard(shard_set, shard, shard.index not in problems, advance)  # noqa: E731
+        found = list(pool.map(verify, shards))
+    return [*problems.values(), *(problem for group in found for problem in group)]
+
+
+def _verify_shard(shard_set: ShardSet, shard: Shard, has_index: bool, advance: Callable[[int], None]) -> list[str]:
+    tar, index = f"{shard_set.path}/{shard.tar}", f"{shard_set.path}/{shard.index}"
+    problems = []
+    content = shard_set.read(shard.index) if has_index else b""
+    if hashlib.sha256(content).hexdigest() == shard.index_sha256:
+        entries = parse_index(content)
+    else:
+        entries = _list_tar(shard_set, shard)
+        if has_index:
+            problems.append(f"{index}: {_index_problem(entries, content)}")
+    digest, position, num_checked = hashlib.sha256(), 0, 0
+    with shard_set.open_file(shard.tar) as file:
+        for entry in entries:
+            end = entry.meta_offset + entry.meta_size + -entry.meta_size % 512
+            block = file.read(end - position)
+            digest.update(block)
+            problem = _sample_problem(shard_set, entry, block, position)
+            if problem:
+                problems.append(f"{tar}: sample {entry.key}: {problem}")
+            position = end
+            num_checked += 1
+            advance(1)
+        rest = file.read()
+    digest.update(rest)
+    if rest != ShardWriter.END:
+        problems.append(f"{tar}: damaged after its last readable sample")
+    if digest.hexdigest() != shard.sha256 and not problems:
+        problems.append(f"{tar}: not what was packed")
+    if num_checked < shard.samples:
+        advance(shard.samples - num_checked)
+    return problems
+
+
+def _sample_problem(shard_set: ShardSet, entry: IndexEntry, block: bytes, start: int) -> str | None:
+    """What is wrong with a sample, given its bytes in the tar and where they start."""
+    image = block[entry.image_offset - start :][: entry.image_size]
+    sealed = block[entry.meta_offset - start :][: entry.meta_size]
+    try:
+        meta = open_meta(sealed, image)
+    except ValueError:
+        return "its image or JSON is damaged (wrong checksum)"
+    if sample_block(entry.key, entry.extension, image, sealed)[0] != block:
+        return "the tar is damaged around it"
+    if shard_set.store == "raw":
+        stored_size_px = [shard_set.size_px, shard_set.size_px] if len(image) == shard_set.size_px**2 else None
+    else:
+        try:
+            stored_size_px = list(decode_grey(image).shape[::-1])
+        except Unusable as error:
+            return str(error)
+    return None if meta.get("stored_size_px") == stored_size_px else "its image is not of the size that its JSON says"
+
+
+def _list_tar(shard_set: ShardSet, shard: Shard) -> list[IndexEntry]:
+    """A tar's index by its own headers, as far as they can be read."""
+    entries: list[IndexEntry] = []
+    try:
+        with shard_set.open_file(shard.tar) as file, tarfile.open(fileobj=file) as archive:
+            files = iter(archive)
+            for image, meta in zip(files, files, strict=False):
+                key, _, extension = image.name.partition(".")
+                entries.append(IndexEntry(key, extension, image.offset_data, image.size, meta.offset_data, meta.size))
+    except (tarfile.TarError, UnicodeDecodeError):
+        pass
+    return entries
+
+
+def _index_problem(entries: list[IndexEntry], content: bytes) -> str:
+    """Where an index departs from the one that its tar should have."""
+    lines = itertools.zip_longest(format_index(entries).split(b"\n"), content.split(b"\n"))
+    line = next((number for number, (expected, found) in enumerate(lines) if expected != found), None)
+    if line is None:
+        return "its checksum in the manifest is wrong"
+    return (
+        f"damaged at sample {entries[min(line, len(entries)) - 1].key}" if line and entries else "damaged at its start"
+    )
