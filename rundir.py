@@ -1,0 +1,184 @@
+"""The run folder: who may write in it, and its config, metrics, curves, pictures and checkpoints."""
+
+import fcntl
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Self, TextIO
+
+import torch
+from matplotlib.figure import Figure
+from torch.utils.tensorboard import SummaryWriter
+from torchvision.utils import save_image
+from tqdm import tqdm
+
+from errors import UserError
+from settings import Settings, refuse_other_settings
+
+SECONDS_BETWEEN_CURVES = 60
+
+
+def lock(folder: Path) -> TextIO:
+    """Take the folder for as long as the returned file is open; a process that dies lets go of it.
+
+    Raises:
+        UserError: Another run has it, or it can't be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("a+")
+    except OSError as error:
+        raise UserError(f"run folder {folder}: {error.strerror}: choose another --run-dir") from None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise UserError(
+            f"run folder {folder} is in use by another run: wait for it, or use another --run-dir"
+        ) from None
+    return file
+
+
+def check_config(folder: Path, settings: Settings) -> None:
+    """Raise UserError where the folder holds another run."""
+    path = folder / "config.json"
+    if path.exists():
+        try:
+            saved = json.loads(path.read_text())["settings"]
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{path} is no config.json of a run: use another --run-dir") from None
+        refuse_other_settings(settings, Settings.from_dict(saved, str(path)), str(path))
+
+
+def write_config(folder: Path, settings: Settings, chosen: dict[str, Any]) -> None:
+    """Write every setting, what was chosen for the automatic ones, versions and the git commit."""
+    packages = ("torch", "torchvision", "segmentation-models-pytorch", "nvidia-dali-cuda130", "nvidia-dali-cuda120")
+    versions = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    git = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
+    config = {
+        "settings": settings.to_dict(),
+        "chosen": chosen,
+        "versions": versions,
+        "git_commit": git.stdout.strip() or None,
+        "command": [sys.executable, *sys.argv],
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+class RunLog:
+    """Metrics as lines of JSON, TensorBoard events and curves; a progress bar on a terminal, plain lines elsewhere.
+
+    On ranks other than the main one it does nothing.
+    """
+
+    def __init__(self, folder: Path, *, first_step: int, num_steps: int, is_main: bool) -> None:
+        """Open the folder's logs; what an interrupted run logged after `first_step` will come again and is dropped."""
+        self._folder = folder
+        self._is_main = is_main
+        if not is_main:
+            return
+        self._path = folder / "metrics.jsonl"
+        self.lines = [line for line in read_metrics(self._path) if line["step"] <= first_step]
+        temporary = self._path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
+        temporary.replace(self._path)
+        self._file = self._path.open("a")
+        self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
+        self._bar = tqdm(total=num_steps, initial=first_step, unit="step", disable=not sys.stderr.isatty())
+        self._curves_drawn_at = time.monotonic()
+
+    def advance(self) -> None:
+        """Advance the progress bar."""
+        if self._is_main:
+            self._bar.update()
+
+    def say(self, text: str) -> None:
+        """Print a line, above the progress bar where there is one."""
+        if self._is_main:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Log one line; `phase` says which of train and val it is."""
+        if not self._is_main:
+            return
+        self.lines.append(line)
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        values = {name: value for name, value in line.items() if isinstance(value, float)}
+        for name, value in values.items():
+            self._events.add_scalar(f"{line['phase']}/{name}", value, line["step"])
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        self.say(f"{line['phase']:5}  epoch {line['epoch']}  step {line['step']}  {shown}")
+
+    def write_reconstructions(self, step: int, query: torch.Tensor, output: torch.Tensor, target: torch.Tensor) -> None:
+        """Save input, output and target, [N, 1, H, W] in 0..1 each, as the three rows of a picture."""
+        if self._is_main:
+            folder = self._folder / "reconstructions"
+            folder.mkdir(exist_ok=True)
+            save_image(torch.cat([query, output, target]), folder / f"step-{step:07d}.png", nrow=len(query))
+
+    def draw_curves(self, *, now: bool = False) -> None:
+        """Draw every term of the loss over the steps, unless it was done a moment ago."""
+        if not self._is_main or (not now and time.monotonic() < self._curves_drawn_at + SECONDS_BETWEEN_CURVES):
+            return
+        self._curves_drawn_at = time.monotonic()
+        draw_curves(self.lines, self._folder / "curves.png")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._is_main:
+            self._bar.close()
+            self._events.close()
+            self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of a metrics.jsonl; a last one that a kill cut short is left out."""
+    lines = []
+    for text in path.read_text().splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            break
+    return lines
+
+
+def draw_curves(lines: list[dict[str, Any]], path: Path) -> None:
+    """Draw the loss terms, training and validation, and the learning rate and speed, over the steps."""
+    names = ("total", "contrastive", "mse", "adversarial", "discriminator", "lr", "images_per_second")
+    names = [name for name in names if any(name in line for line in lines)]
+    figure = Figure(figsize=(8, 2.2 * len(names) + 0.5))
+    axes = figure.subplots(len(names), 1, sharex=True, squeeze=False)
+    for name, axis in zip(names, axes[:, 0], strict=True):
+        for phase, style in (("train", "-"), ("val", "o-")):
+            points = [(line["step"], line[name]) for line in lines if line["phase"] == phase and name in line]
+            if points:
+                axis.plot(*zip(*points, strict=True), style, markersize=3, label=phase)
+        axis.set_ylabel(name)
+        axis.grid(alpha=0.3)
+    axes[0, 0].legend()
+    axes[-1, 0].set_xlabel("step")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def link_best(folder: Path) -> None:
+    """Make best.pt the same file as last.pt, which the next save replaces but does not overwrite."""
+    temporary = folder / "best.pt.tmp"
+    temporary.unlink(missing_ok=True)
+    os.link(folder / "last.pt", temporary)
+    temporary.replace(folder / "best.pt")

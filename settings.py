@@ -1,0 +1,163 @@
+"""What a pre-training run is: one frozen dataclass, whose fields are train.py's options and config.json's keys."""
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, get_type_hints
+
+import typeguard
+import tyro
+
+from errors import UsageError, UserError
+
+PUBLISHED_EPOCHS = {"di": 1200, "dir": 1200, "dira": 400}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Pre-train a ResNet U-Net with DiRA on one or several shard sets."""
+
+    shards: tyro.conf.Positional[tuple[str, ...]]
+    """Folders that shard_cxr14.py packed; several are read as one."""
+    mode: Literal["di", "dir", "dira"]
+    """Terms of the loss: discriminative; and restorative; and adversarial."""
+
+    # The run
+    run_dir: str | None = None
+    """Where everything goes; runs/MODE by default. The same command on the same folder goes on where it was."""
+    init_from: str | None = None
+    """Start from the weights of this checkpoint (ours or the original code's) or export."""
+    resume: str = "auto"
+    """auto: from the run folder's last checkpoint if there is one; never; or a checkpoint's path."""
+    epochs: int | None = None
+    """As published by default: di and dir 1200, dira 400."""
+    max_steps: int | None = None
+    """End the run after this many steps, with validation and exports."""
+    seed: int = 0
+    save_every: int = 1000
+    """Steps between checkpoints; there is one at each epoch's end too."""
+    log_every: int = 50
+    """Steps between lines of metrics; there is one at each epoch's end too."""
+
+    # The network
+    arch: Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"] = "resnet50"
+    crop_size: int = 224
+    """Side of a view in px, a multiple of 32."""
+
+    # The terms of the loss
+    moco_dim: int = 128
+    """Length of an embedding."""
+    moco_k: int = 65536
+    """Keys in the queue."""
+    moco_m: float = 0.999
+    """Momentum of the key encoder's moving average."""
+    moco_t: float = 0.2
+    """Temperature of InfoNCE."""
+    key_bn_groups: int = 4
+    """On one rank, groups in which the shuffled keys go through batch normalisation."""
+    contrastive_weight: float = 1.0
+    mse_weight: float = 10.0
+    adv_weight: float = 0.001
+    target: Literal["aligned", "unflipped"] = "aligned"
+    """What is restored: the query's crop, flipped as the query is; or, as the original code did, not flipped."""
+
+    # Optimisation
+    batch_size: int = 256
+    """Over all ranks together."""
+    lr: float = 0.03
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    schedule: Literal["cosine", "step"] = "cosine"
+    """cosine: to 0 over the epochs; step: a tenth of it from each of --lr-drop-epochs on."""
+    lr_drop_epochs: tuple[int, ...] = ()
+    disc_lr: float = 2e-4
+    """Adam's learning rate for the discriminator."""
+
+    # The machine
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """auto: bf16 where the hardware has it, else fp16 on a GPU and fp32 on a CPU."""
+    fused: Literal["auto", "apex", "torch"] = "auto"
+    """Whose fused optimizers; auto: apex's where installed, else torch's."""
+    compile: bool = False
+    """Compile the networks with torch.compile."""
+    data_threads: int | None = None
+    """CPU threads a rank decodes and augments with; the machine's cores over its ranks by default."""
+
+    def __post_init__(self) -> None:
+        """Refuse what can't be meant."""
+        positive = ("epochs", "max_steps", "save_every", "log_every", "moco_dim", "moco_k", "moco_t", "key_bn_groups")
+        for name in (*positive, "batch_size", "lr", "disc_lr", "data_threads", "crop_size"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise UsageError(f"{option(name)} {value}: must be more than 0")
+        for name in ("contrastive_weight", "mse_weight", "adv_weight", "momentum", "weight_decay", "seed"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"{option(name)} {getattr(self, name)}: must be 0 or more")
+        if not 0 <= self.moco_m <= 1:
+            raise UsageError(f"--moco-m {self.moco_m}: a moving average's momentum lies between 0 and 1")
+        if self.crop_size % 32:
+            raise UsageError(f"--crop-size {self.crop_size}: the U-Net needs a multiple of 32")
+        if not self.shards:
+            raise UsageError("name at least one shard set, a folder that shard_cxr14.py packed")
+        if (self.schedule == "step") != bool(self.lr_drop_epochs):
+            raise UsageError("--schedule step and --lr-drop-epochs E1 E2 ... go together")
+
+    @property
+    def num_epochs(self) -> int:
+        """Epochs of the schedule."""
+        return self.epochs or PUBLISHED_EPOCHS[self.mode]
+
+    @property
+    def run_path(self) -> str:
+        """The run folder."""
+        return self.run_dir or f"runs/{self.mode}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what `from_dict` takes, of JSON's types."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], source: str) -> "Settings":
+        """Settings as `source` holds them. Raise UserError at keys that are unknown or missing and at wrong types."""
+        names = {field.name for field in fields(cls)}
+        if wrong := sorted(values.keys() ^ names):
+            raise UserError(f"{source}: settings {', '.join(wrong)} are unknown or missing: another version wrote it")
+        values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        for name, annotation in get_type_hints(cls).items():
+            try:
+                typeguard.check_type(values[name], annotation)
+            except typeguard.TypeCheckError as error:
+                raise UserError(f"{source}: setting {name}: {error}") from None
+        return cls(**values)
+
+
+MAY_CHANGE_ON_RESUME = {
+    "run_dir",
+    "resume",
+    "max_steps",
+    "save_every",
+    "log_every",
+    "device",
+    "fused",
+    "compile",
+    "data_threads",
+}
+"""What does not make it another run."""
+
+
+def option(name: str) -> str:
+    """Return the command line's spelling of a field."""
+    return "--" + name.replace("_", "-")
+
+
+def refuse_other_settings(ours: Settings, theirs: Settings, source: str) -> None:
+    """Raise UserError where a run that `source` belongs to can't be gone on with under our settings."""
+    differing = [
+        f"{option(field.name)} {getattr(theirs, field.name)} there, {getattr(ours, field.name)} here"
+        for field in fields(Settings)
+        if field.name not in MAY_CHANGE_ON_RESUME and getattr(theirs, field.name) != getattr(ours, field.name)
+    ]
+    if differing:
+        raise UserError(
+            f"{source} belongs to a run with other settings ({'; '.join(differing)}): "
+            "use the same ones, or another --run-dir"
+        )

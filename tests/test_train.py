@@ -1,0 +1,260 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import train
+from errors import UserError
+from model.checkpoint import load_checkpoint
+from pipeline.spec import Batch
+from rundir import RunLog, lock
+from settings import Settings
+from tests.commands import run_command
+
+CPU = torch.device("cpu")
+
+
+def small(shard_folder: Path, run_dir: Path, mode: str = "dira", **changes: Any) -> Settings:
+    """Settings of a run that takes seconds."""
+    values = {
+        "arch": "resnet18",
+        "crop_size": 32,
+        "batch_size": 4,
+        "moco_k": 30,
+        "epochs": 2,
+        "max_steps": 10,
+        "log_every": 4,
+        "save_every": 3,
+        "precision": "fp32",
+        "device": "cpu",
+        "data_threads": 1,
+    }
+    return Settings(shards=(str(shard_folder),), mode=mode, run_dir=str(run_dir), **values | changes)
+
+
+def options(settings: Settings) -> list[str]:
+    """Return the command line that gives these settings."""
+    pairs = settings.to_dict()
+    shards = pairs.pop("shards")
+    flags = [
+        text
+        for name, value in pairs.items()
+        if value not in (None, [], False)
+        for text in ("--" + name.replace("_", "-"), str(value))
+    ]
+    return [*shards, *flags]
+
+
+def last_checkpoint(run_dir: Path) -> dict[str, Any]:
+    return load_checkpoint(run_dir / "checkpoints" / "last.pt", CPU)
+
+
+def assert_same(ours: object, theirs: object, where: str = "") -> None:
+    """Compare nested checkpoints, tensors to the bit."""
+    assert type(ours) is type(theirs), where
+    if isinstance(ours, torch.Tensor):
+        assert torch.equal(ours, theirs), where
+    elif isinstance(ours, dict):
+        assert ours.keys() == theirs.keys(), where
+        for key in ours:
+            assert_same(ours[key], theirs[key], f"{where}.{key}")
+    elif isinstance(ours, list | tuple):
+        assert len(ours) == len(theirs), where
+        for i, pair in enumerate(zip(ours, theirs, strict=True)):
+            assert_same(*pair, f"{where}[{i}]")
+    else:
+        assert ours == theirs, where
+
+
+def metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """Return the lines of metrics.jsonl without what a clock says."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    timed = {"images_per_second", "images_per_second_per_gpu", "data_wait_fraction"}
+    return [{name: value for name, value in line.items() if name not in timed} for line in lines]
+
+
+@pytest.mark.parametrize("mode", ["di", "dir", "dira"])
+def test_a_run_leaves_everything_that_design_promises(
+    shard_folder: Path, tmp_path: Path, mode: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = small(shard_folder, tmp_path / "run", mode)
+    train.pretrain(settings, CPU)
+    files = {str(path.relative_to(tmp_path / "run")) for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    expected = {"config.json", "metrics.jsonl", "curves.png", "checkpoints/last.pt", "checkpoints/best.pt"}
+    expected |= {"export/resnet18.pth", "export/resnet18.safetensors"}
+    if mode != "di":
+        expected |= {"export/unet.pth", "export/unet/config.json", "reconstructions/step-0000010.png"}
+    assert expected <= files
+    assert any(name.startswith("tensorboard/events") for name in files)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert {(line["phase"], line["step"]) for line in lines} >= {("train", 4), ("train", 10), ("val", 10)}
+    assert all(set(train.TERMS[mode]) <= line.keys() for line in lines)
+    assert lines[0].keys() >= {"lr", "images_per_second", "images_per_second_per_gpu", "data_wait_fraction"}
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert Settings.from_dict(config["settings"], "config.json") == settings
+    assert config["versions"]["torch"] == torch.__version__.split("+")[0]
+
+    capsys.readouterr()
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "export").rglob("*")}
+    train.pretrain(settings, CPU)
+    assert "is finished at step 10" in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "export").rglob("*")}
+
+
+@pytest.mark.parametrize("killed_at", [5, 8])
+def test_a_run_killed_in_mid_epoch_ends_as_if_nothing_had_happened(
+    shard_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_at: int
+) -> None:
+    train.pretrain(small(shard_folder, tmp_path / "whole"), CPU)
+
+    step = train.train_step
+
+    def dies(run: train.Run, batch: Batch) -> torch.Tensor:
+        if run.step == killed_at:
+            raise KeyboardInterrupt
+        return step(run, batch)
+
+    monkeypatch.setattr(train, "train_step", dies)
+    with pytest.raises(KeyboardInterrupt):
+        train.pretrain(small(shard_folder, tmp_path / "killed"), CPU)
+    monkeypatch.setattr(train, "train_step", step)
+    assert 0 < last_checkpoint(tmp_path / "killed")["step"] < killed_at
+    train.pretrain(small(shard_folder, tmp_path / "killed"), CPU)
+
+    whole, killed = last_checkpoint(tmp_path / "whole"), last_checkpoint(tmp_path / "killed")
+    for state in (whole, killed):
+        del state["settings"]
+    assert_same(killed, whole)
+    assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
+
+
+def test_validation_changes_no_tensor_and_sees_the_same_images_each_time(shard_folder: Path, tmp_path: Path) -> None:
+    run = train.build(small(shard_folder, tmp_path), CPU)
+    for batch, _ in zip(run.loader, range(2), strict=False):
+        train.train_step(run, batch)
+    before = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
+    first, _ = train.validate(run)
+    assert_same(dict(run.model.state_dict()), before)
+    assert run.model.training
+    second, _ = train.validate(run)
+    assert first == second
+
+
+def test_validation_is_the_mean_over_samples_whatever_the_batch(shard_folder: Path, tmp_path: Path) -> None:
+    run = train.build(small(shard_folder, tmp_path), CPU)
+    (batch,) = run.val_loader
+    run.val_loader = [Batch(*(images[i : i + 1] for images in batch)) for i in range(len(batch.query))]
+    one_by_one, _ = train.validate(run)
+    run.val_loader = [batch]
+    at_once, _ = train.validate(run)
+    assert one_by_one == pytest.approx(at_once, rel=1e-5)
+    assert tuple(at_once) == train.TERMS["dira"]
+
+
+def test_the_discriminator_and_the_network_take_turns(shard_folder: Path, tmp_path: Path) -> None:
+    run = train.build(small(shard_folder, tmp_path), CPU)
+    before = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
+    train.train_step(run, next(iter(run.loader)))
+    changed = {name for name, tensor in run.model.state_dict().items() if not torch.equal(tensor, before[name])}
+    parameters = {name for name, parameter in run.model.named_parameters() if "num_batches" not in name}
+    assert changed >= {name for name in parameters if not name.startswith("key.")}
+    assert {"queue", "queue_ptr", "key.projection.0.weight"} <= changed
+
+
+def test_dira_starts_from_dir_with_its_network_keys_and_queue(shard_folder: Path, tmp_path: Path) -> None:
+    train.pretrain(small(shard_folder, tmp_path / "dir", "dir", max_steps=2), CPU)
+    last = tmp_path / "dir" / "checkpoints" / "last.pt"
+    run = train.build(small(shard_folder, tmp_path / "dira", init_from=str(last)), CPU)
+    train.begin(run)
+    state = run.model.state_dict()
+    for name, tensor in last_checkpoint(tmp_path / "dir")["model"].items():
+        assert torch.equal(state[name], tensor), name
+    assert run.step == 0
+    assert not run.optimizer.state
+
+
+@pytest.mark.parametrize("ranks", [2])
+def test_ranks_train_together_and_one_rank_carries_on_alone(shard_folder: Path, tmp_path: Path, ranks: int) -> None:
+    settings = small(shard_folder, tmp_path / "run", max_steps=5)
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "train.py")
+    done = run_command(*torchrun, *options(settings), OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr
+    state = last_checkpoint(tmp_path / "run")
+    assert state["step"] == 5
+    assert len(state["loaders"]) == ranks
+    assert state["model"]["queue_ptr"].item() == 5 * 4, "every rank's keys are in the queue"
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [4, 5, 5], "only the main rank writes"
+
+    alone = run_command("train.py", *options(replace(settings, max_steps=8)))
+    assert alone.returncode == 0, alone.stderr
+    assert "is from 2 ranks" in alone.stdout
+    assert last_checkpoint(tmp_path / "run")["step"] == 8
+
+
+def test_two_samples_are_enough_to_train(shard_folder: Path, tmp_path: Path) -> None:
+    settings = small(shard_folder, tmp_path, batch_size=2, moco_k=65536, max_steps=2, log_every=50, key_bn_groups=4)
+    train.pretrain(settings, CPU)
+    assert last_checkpoint(tmp_path)["step"] == 2
+
+
+def test_a_diverged_run_names_the_term_and_leaves_the_last_good_checkpoint(shard_folder: Path, tmp_path: Path) -> None:
+    train.pretrain(small(shard_folder, tmp_path, max_steps=3), CPU)
+    last = tmp_path / "checkpoints" / "last.pt"
+    good = last.read_bytes()
+    run = train.build(small(shard_folder, tmp_path, max_steps=6), CPU)
+    meter = train.begin(run)
+    with torch.no_grad():
+        run.model.query.decoder.blocks[0].conv1[0].weight.fill_(float("nan"))
+    log = RunLog(tmp_path, first_step=run.step, num_steps=run.num_steps, is_main=True)
+    with pytest.raises(UserError, match=r"by step 4: total, mse, adversarial.* not finite; .*last\.pt is from before"):
+        train.train(run, meter, log)
+    assert last.read_bytes() == good
+
+
+def refusal(settings: Settings) -> str:
+    """Return the one line that a run under these settings ends with."""
+    with pytest.raises(UserError) as error:
+        train.pretrain(settings, CPU)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_bad_input_is_one_line_and_harms_nothing(shard_folder: Path, tmp_path: Path) -> None:
+    good = small(shard_folder, tmp_path / "run", max_steps=2)
+    train.pretrain(good, CPU)
+    files = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    last = tmp_path / "run" / "checkpoints" / "last.pt"
+    text = tmp_path / "text.pt"
+    text.write_text("not a checkpoint")
+
+    assert "--lr 0.03 there, 0.1 here" in refusal(replace(good, lr=0.1))
+    assert "earlier run" in refusal(replace(good, resume="never"))
+    with lock(tmp_path / "run"):
+        assert "in use by another run" in refusal(good)
+    other = replace(good, run_dir=str(tmp_path / "other"))
+    assert "no checkpoint to resume from" in refusal(
+        replace(other, resume=str(tmp_path / "run" / "export" / "resnet18.pth"))
+    )
+    assert "no such file" in refusal(replace(other, resume=str(tmp_path / "none.pt")))
+    assert "its encoder is resnet18, this run's is resnet34" in refusal(
+        replace(other, arch="resnet34", init_from=str(last))
+    )
+    assert "pass --moco-k 30" in refusal(replace(other, moco_k=32, init_from=str(last)))
+    assert "not a checkpoint" in refusal(replace(other, init_from=str(text)))
+    assert "is more than the" in refusal(replace(other, batch_size=4096))
+    assert str(tmp_path) in refusal(replace(other, shards=(str(tmp_path),)))
+    assert files == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+
+
+def test_the_command_ends_on_bad_input_with_one_line_and_on_bad_usage_with_status_2(
+    shard_folder: Path, tmp_path: Path
+) -> None:
+    nowhere = run_command("train.py", tmp_path / "none", "--mode", "dir", "--run-dir", tmp_path / "run")
+    assert (nowhere.returncode, len(nowhere.stderr.splitlines())) == (1, 1), nowhere.stderr
+    assert str(tmp_path / "none") in nowhere.stderr
+    odd = run_command("train.py", shard_folder, "--mode", "dir", "--crop-size", "100")
+    assert (odd.returncode, len(odd.stderr.splitlines())) == (2, 1), odd.stderr
+    assert run_command("train.py", shard_folder, "--mode", "gan").returncode == 2
