@@ -13,10 +13,8 @@ from nvidia.dali.pipeline import Pipeline
 from nvidia.dali.types import BatchInfo
 
 from pipeline.distortion import Rectangles, draw_rectangles, num_pastes
+from pipeline.packing import EXTENSIONS, Store
 from pipeline.spec import DistortionSpec, ViewSpec
-
-Store = Literal["raw", "jpeg", "png"]
-EXTENSIONS: dict[Store, str] = {"raw": "raw", "jpeg": "jpg", "png": "png"}
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as tv
 
 from pipeline.distortion import Rectangles, draw_rectangles
-from pipeline.graph import EXTENSIONS, ReaderSpec, Store, build_graph
+from pipeline.graph import ReaderSpec, build_graph
+from pipeline.packing import EXTENSIONS, Store
 from pipeline.spec import DistortionSpec, ViewSpec
 
 DEVICES = [None, *range(min(1, torch.cuda.device_count()))]
