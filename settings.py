@@ -137,7 +137,6 @@ MAY_CHANGE_ON_RESUME = {
     "save_every",
     "log_every",
     "device",
-    "fused",
     "compile",
     "data_threads",
 }

@@ -384,7 +384,8 @@ def pretrain(settings: Settings, device: torch.device) -> None:
 def main() -> None:
     """Parse the command line, join the ranks, run."""
     settings = tyro.cli(Settings, description=__doc__)
-    device = distributed.init_from_environment(choose_device(settings.device))
+    device = choose_device(settings.device, distributed.local_rank())
+    distributed.init_from_environment(device)
     pretrain(settings, device)
     distributed.shutdown()
 

@@ -9,11 +9,17 @@ from errors import UserError
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
 
 
-def choose_device(asked: str) -> torch.device:
-    """Return the device's kind."""
-    if asked == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch finds no GPU that it can use; see nvidia-smi, or use --device cpu")
-    return torch.device("cuda" if asked != "cpu" and torch.cuda.is_available() else "cpu")
+def choose_device(asked: str, local_rank: int) -> torch.device:
+    """Return the device that a rank's number on its machine gives it."""
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if asked == "cpu" or (asked == "auto" and num_gpus == 0):
+        return torch.device("cpu")
+    if num_gpus <= local_rank:
+        raise UserError(
+            f"rank {local_rank} of this machine has no GPU: torch finds {num_gpus} that it can use (see nvidia-smi); "
+            "start fewer ranks, or use --device cpu"
+        )
+    return torch.device("cuda", local_rank)
 
 
 def choose_precision(asked: str, device: torch.device) -> str:

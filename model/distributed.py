@@ -19,19 +19,17 @@ TIMEOUT = timedelta(minutes=30)
 """How long ranks wait for one another: longer than rank 0 may need to write checkpoints and exports on a slow disk."""
 
 
-def init_from_environment(device: torch.device) -> torch.device:
-    """Join the ranks that torchrun started, over NCCL on GPUs and gloo on the CPU; return this rank's own device.
+def init_from_environment(device: torch.device) -> None:
+    """Join the ranks that torchrun started, over NCCL on GPUs and gloo on the CPU; `device` is this rank's own.
 
-    Reads torchrun's RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT. Without them this is the only rank.
+    Reads torchrun's RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT. Without them this is the only rank.
     """
     on_gpu = device.type == "cuda"
     if on_gpu:
-        device = torch.device("cuda", local_rank())
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         backend = "nccl" if on_gpu else "gloo"
         dist.init_process_group(backend, timeout=TIMEOUT, device_id=device if on_gpu else None)
-    return device
 
 
 def shutdown() -> None:

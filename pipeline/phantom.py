@@ -211,12 +211,12 @@ def draw_body(canvas: Canvas, chest: Chest, rng: Rng) -> np.ndarray:
 
 def draw_bones(canvas: Canvas, chest: Chest, shadow: np.ndarray, rng: Rng) -> None:
     """Add ribs and clavicles, fainter in `shadow` (uint8), scapulae, humeri and spine; take the trachea away."""
-    t, number = np.linspace(0, np.pi / 2, 18), np.arange(10)[:, None]
-    top, bottom, front = -0.07 + number / 9.3, 0.03 + 0.12 * number, 0.13 + 0.138 * number
-    lateral = 0.005 + np.interp(bottom, *chest.wall().T[::-1])
-    posterior_v = top - 0.05 * np.sin(2 * t) + (bottom - top) * (1 - np.cos(t))
+    t, number, slope = np.linspace(0, np.pi / 2, 18), np.arange(10)[:, None], rng.uniform(0.75, 1.2)
+    top, drop = number * rng.uniform(0.1, 0.116) - 0.07, slope * (0.1 + 0.0125 * number)
+    lateral = 0.005 + np.interp(top + drop, *chest.wall().T[::-1])
+    posterior_v = top - 0.05 * np.sin(2 * t) + drop * (1 - np.cos(t))
     posterior = np.stack([0.07 + (lateral - 0.07) * np.sin(t), posterior_v], axis=-1)
-    anterior = np.stack([0.3 + (lateral - 0.3) * np.cos(t), bottom + (front - bottom) * np.sin(t) ** 1.2], axis=-1)
+    anterior = np.stack([0.3 + (lateral - 0.3) * np.cos(t), top + drop * (1 + 1.2 * np.sin(t) ** 1.2)], axis=-1)
     ribs = [np.concatenate([chest.points(side, arcs) for side in SIDES]) for arcs in (posterior, anterior[:7])]
     clavicle = np.array([(0.035, 0.12), (0.1, 0.105), (0.19, 0.08), (0.28, 0.05), (0.36, 0.035), (0.42, 0.045)])
     clavicles = mirrored(spline(clavicle - np.outer(np.arange(6), [0, rng.uniform(0, 0.012)])), chest.apex_y)
@@ -312,7 +312,7 @@ def _rng(seed: int, index: int, *stream: int) -> Rng:
 
 
 def draw_phantom(seed: int, index: int, size_px: int, followup: int = 0, findings: set[str] | None = None) -> Phantom:
-    """Draw radiograph `followup` of patient `index`: a patient's share the anatomy, all else differs.
+    """Draw radiograph `followup` of patient `index` (0 or more): a patient's share the anatomy, all else differs.
 
     `findings` replaces the random choice of what there is to see and leaves every other draw as it is.
     """
@@ -365,6 +365,8 @@ def write_phantoms(
 ) -> None:
     """Write phantoms in ChestX-ray14's own layout (images/, two tables, two lists), and masks/ besides.
 
+    Raises `UserError` for a folder in use and for numbers that cannot be.
+
     Args:
         out: Folder to write; empty, or not there yet.
         num_images: How many; the first ones are the same however many follow.
@@ -375,10 +377,8 @@ def write_phantoms(
     """
     fewest, most = images_per_patient
     if num_images < 1 or size_px < MIN_SIZE_PX or seed < 0 or not 1 <= fewest <= most:
-        raise UserError(
-            f"phantoms: images, images per patient: 1 or more; side: {MIN_SIZE_PX} px or more; seed: 0 or more"
-        )
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"phantoms: ask for 1 or more, also per patient, {MIN_SIZE_PX} px or more, and a seed >= 0")
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise UserError(f"{out}: is there already; name a new folder")
     (out / "images").mkdir(parents=True)
     (out / "masks").mkdir()

@@ -220,8 +220,9 @@ def test_a_finding_changes_its_boxes_and_hardly_anything_else(finding: str, heal
             assert np.abs(change[window]).max() >= 8, "it can be seen"
             if finding not in {"Cardiomegaly", "Pneumothorax"}:
                 assert change[window].mean() > 0
-        share = 0.85 if finding == "Cardiomegaly" else 0.95  # a heart's shadow is soft
-        assert np.abs(change[inside]).sum() > share * np.abs(change).sum()
+        assert np.abs(change[~inside]).mean() < 0.1 * np.abs(change[inside]).mean()
+        if finding != "Cardiomegaly":  # a heart's shadow is soft
+            assert np.abs(change[inside]).sum() > 0.95 * np.abs(change).sum()
         if finding == "Pneumothorax":
             assert change[inside].mean() < 0
         if finding in {"Nodule", "Mass"}:
@@ -236,11 +237,14 @@ def test_only_an_enlarged_heart_changes_the_lung_mask(healthy: list[Phantom]) ->
         gaps = [np.diff(central_gap_px(row))[0] for row in rows]
         return max(gaps) / max(np.ptp(np.flatnonzero(row)) for row in rows)
 
+    growth = []
     for index, without in enumerate(healthy[:12]):
         other = draw_phantom(7, index, 128, findings=set(FINDING_RATES) - {"Cardiomegaly"})
         np.testing.assert_array_equal(other.lung_mask, without.lung_mask)
         enlarged = draw_phantom(7, index, 128, findings={"Cardiomegaly"})
-        assert ratio(enlarged.lung_mask) > ratio(without.lung_mask) + 0.05
+        growth.append(ratio(enlarged.lung_mask) - ratio(without.lung_mask))
+    assert min(growth) > 0
+    assert np.mean(growth) > 0.06
 
 
 def test_patients_differ_in_build_position_and_exposure(healthy: list[Phantom]) -> None:
@@ -254,18 +258,21 @@ def test_patients_differ_in_build_position_and_exposure(healthy: list[Phantom]) 
 
 
 def test_followups_share_the_patients_anatomy() -> None:
-    def detail(patient: int, followup: int) -> np.ndarray:
-        image = draw_phantom(8, patient, 192, followup, findings=set()).image.astype(np.float32)
+    def detail(phantom: Phantom) -> np.ndarray:
+        image = phantom.image.astype(np.float32)
         return image - cv2.GaussianBlur(image, (0, 0), 6)
 
-    def likeness(fixed: np.ndarray, moving: np.ndarray) -> float:
-        """Correlation of fine detail (ribs, vessels) after the best affine registration."""
+    def likeness(fixed: Phantom, moving: Phantom) -> float:
+        """Correlation of fine detail (ribs, vessels) after affine registration that starts from the lungs' boxes."""
+        (x0, y0, w0, h0), (x1, y1, w1, h1) = (cv2.boundingRect(phantom.lung_mask) for phantom in (fixed, moving))
+        start = np.array([[w1 / w0, 0, x1 - x0 * w1 / w0], [0, h1 / h0, y1 - y0 * h1 / h0]], np.float32)
         stop = (cv2.TERM_CRITERIA_COUNT | cv2.TERM_CRITERIA_EPS, 60, 1e-4)
-        return cv2.findTransformECC(fixed, moving, np.eye(2, 3, dtype=np.float32), cv2.MOTION_AFFINE, stop, None, 9)[0]
+        return cv2.findTransformECC(detail(fixed), detail(moving), start, cv2.MOTION_AFFINE, stop, None, 9)[0]
 
-    for patient in range(3):
-        first, second, stranger = detail(patient, 0), detail(patient, 1), detail(patient + 3, 0)
-        assert likeness(first, second) > likeness(first, stranger) + 0.1
+    first, second = ([draw_phantom(8, patient, 192, visit, findings=set()) for patient in range(8)] for visit in (0, 1))
+    of_one_patient = [likeness(*pair) for pair in zip(first, second, strict=True)]
+    of_strangers = [likeness(*pair) for pair in zip(first, second[1:] + second[:1], strict=True)]
+    assert min(of_one_patient) > max(of_strangers)
 
 
 def test_a_folder_is_the_same_for_any_number_of_threads_and_starts_alike_for_any_number_of_images(
