@@ -7,8 +7,12 @@
 The same command on the same run folder goes on where it was. `python train.py --help` explains every option.
 """
 
-import math
 import os
+
+# Before torch is loaded: idle OpenMP threads must sleep, or on a CPU they take the cores from the data's threads.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import math
 import shutil
 import time
 from contextlib import AbstractContextManager, nullcontext
