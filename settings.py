@@ -16,7 +16,7 @@ class Settings:
     """Pre-train a ResNet U-Net with DiRA on one or several shard sets."""
 
     shards: tyro.conf.Positional[tuple[str, ...]]
-    """Folders that shard_cxr14.py packed; several are read as one."""
+    """Sets that shard_cxr14.py packed, folders or s3://BUCKET/FOLDER; several are read as one, by their sizes."""
     mode: Literal["di", "dir", "dira"]
     """Terms of the loss: discriminative; and restorative; and adversarial."""
 

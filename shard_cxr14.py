@@ -2,7 +2,7 @@
 
     python shard_cxr14.py pack images/ --out shards --labels Data_Entry_2017_v2020.csv --boxes BBox_List_2017.csv \
         --train-val-list train_val_list.txt --test-list test_list.txt
-    python shard_cxr14.py pack images_0*.tar.gz --out shards-jpeg --store jpeg
+    python shard_cxr14.py pack images_0*.tar.gz --out s3://bucket/shards-jpeg --store jpeg
     python shard_cxr14.py verify shards
     python shard_cxr14.py inspect shards --image views.png
 

@@ -1,6 +1,7 @@
 """Epochs of `Batch` from shard sets: endless and resumable for training, one exact pass for validation."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -57,16 +58,17 @@ class LoaderSpec:
             shuffle=shuffle,
             shuffle_buffer_samples=min(1024, self.num_samples(split)),
         )
-        return build_graph(
-            reader,
-            self.view,
-            self.distortion,
-            target=self.target,
-            batch_size=batch_size,
-            device_id=None if self.device.type == "cpu" else self.device.index or 0,
-            num_threads=self.num_threads,
-            checkpoint=checkpoint,
-        )
+        with _reading(self):
+            return build_graph(
+                reader,
+                self.view,
+                self.distortion,
+                target=self.target,
+                batch_size=batch_size,
+                device_id=None if self.device.type == "cpu" else self.device.index or 0,
+                num_threads=self.num_threads,
+                checkpoint=checkpoint,
+            )
 
 
 class PretrainLoader:
@@ -94,7 +96,7 @@ class PretrainLoader:
     def __iter__(self) -> Iterator[Batch]:
         """Yield [batch_size_per_rank, 1, crop_size_px, crop_size_px] batches up to the end of the epoch."""
         for _ in range(self.steps_per_epoch - self.num_batches_drawn % self.steps_per_epoch):
-            batch = _next_batch(self._pipeline, self._spec.batch_size_per_rank, self._spec.device)
+            batch = _next_batch(self._pipeline, self._spec.batch_size_per_rank, self._spec)
             self.num_batches_drawn += 1
             yield batch
 
@@ -148,16 +150,34 @@ class ValidationLoader:
         seed = self._spec.seed + 1  # not the views of training
         pipeline = self._spec.build_pipeline(self._split, shuffle=False, batch_size=batch_size, seed=seed)
         for start in range(0, self.num_samples, batch_size):
-            yield _next_batch(pipeline, min(batch_size, self.num_samples - start), self._spec.device)
+            yield _next_batch(pipeline, min(batch_size, self.num_samples - start), self._spec)
 
 
-def _next_batch(pipeline: Pipeline, num_samples: int, device: torch.device) -> Batch:
+def _next_batch(pipeline: Pipeline, num_samples: int, spec: LoaderSpec) -> Batch:
     """Run the graph and copy what it gives, for DALI writes over its buffers in the next run."""
-    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+    stream = torch.cuda.current_stream(spec.device) if spec.device.type == "cuda" else None
+    with _reading(spec):
+        outputs = pipeline.run()
     images = []
-    for output in pipeline.run():
+    for output in outputs:
         dali_tensor = output.as_tensor()
-        tensor = torch.empty(dali_tensor.shape(), dtype=torch.uint8, device=device)  # [B, H, W, 1]
+        tensor = torch.empty(dali_tensor.shape(), dtype=torch.uint8, device=spec.device)  # [B, H, W, 1]
         feed_ndarray(dali_tensor, tensor, cuda_stream=stream)
         images.append(tensor[:num_samples].squeeze(3).unsqueeze(1))
     return Batch(*images)
+
+
+@contextmanager
+def _reading(spec: LoaderSpec) -> Iterator[None]:
+    """Raise what keeps DALI from sets on object storage as a UserError: a network's failures are no bugs."""
+    try:
+        yield
+    except RuntimeError as error:
+        remote = [shard_set.path for shard_set in spec.shard_sets if "://" in shard_set.path]
+        if not remote:
+            raise
+        reason = str(error).rpartition("encountered:")[2].replace("Current pipeline object is no longer valid.", "")
+        raise UserError(
+            f"{', '.join(remote)}: DALI cannot read on ({reason.strip()}); it takes credentials, region and endpoint "
+            "from AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_DEFAULT_REGION and AWS_ENDPOINT_URL"
+        ) from error

@@ -1,4 +1,4 @@
-"""A whole pack: from the settings to a shard set on the disk, with all cores busy, resumable at any moment."""
+"""A whole pack: from the settings to a finished shard set, with all cores busy, resumable at any moment."""
 
 import csv
 import hashlib
@@ -19,11 +19,21 @@ import cv2
 from tqdm import tqdm
 
 from errors import UserError
-from pipeline.pack_folder import claimed, install, is_to_do, read_json, refuse_foreign_files
+from pipeline.pack_folder import (
+    Output,
+    RemoteOutput,
+    claimed,
+    install,
+    is_to_do,
+    open_output,
+    read_json,
+    refuse_foreign_files,
+)
 from pipeline.packing import EXTENSIONS, PackedImage, ShardWriter, Unusable, pack_image, seal_meta, write_whole
 from pipeline.plan import LISTS, PackSettings, Plan, Sample, plan_samples
-from pipeline.shardset import FORMAT, REJECTED, VERSION, WORK_FOLDER
+from pipeline.shardset import FORMAT, REJECTED, VERSION
 from pipeline.sources import find_images, read_image, stream_images
+from pipeline.storage import STORAGE_ERRORS, reason
 
 T = TypeVar("T")
 Packed = PackedImage | Unusable
@@ -45,33 +55,33 @@ def pack(settings: PackSettings) -> None:
         UserError: If it can't be made. What was there before is then still there.
     """
     cv2.setNumThreads(1)  # the parallelism is over images
-    out, work = settings.out, settings.out / WORK_FOLDER
+    out = open_output(settings.out)
     try:
         refuse_foreign_files(out)
-        listings = read_json(work / "listings.json") or {}
+        listings = read_json(out.work / "listings.json") or {}
         images = find_images(settings.images, listings)
         plan = plan_samples(images, settings)
         samples_per_shard = settings.samples_per_shard or _default_samples_per_shard(settings, plan)
         options = _describe(settings, samples_per_shard, plan)
         with claimed(out):
             if is_to_do(out, options, overwrite=settings.overwrite):
-                write_whole(work / "listings.json", json.dumps(listings).encode())
+                write_whole(out.work / "listings.json", json.dumps(listings).encode())
                 _print_plan(settings, plan)
-                job = PackJob(settings, plan, samples_per_shard)
+                job = PackJob(settings, plan, samples_per_shard, out.work)
                 job.run()
                 manifest = job.manifest(options)
                 content = json.dumps(manifest, indent=1).encode() + b"\n"
-                install(out, [shard[:2] for shard in job.shards], content, job.rejected_csv())
-                rejected = f"; {manifest['rejected']} rejected, see {out / REJECTED}" if manifest["rejected"] else ""
-                print(f"packed {manifest['samples']} images into {out}{rejected}")
-    except OSError as error:
-        raise UserError(
-            f"{error.filename or out}: {error.strerror or error}; mend it, the same command carries on"
-        ) from None
+                install(out, _with_progress(job.shards, out), content, job.rejected_csv())
+                print(f"packed {manifest['samples']} images into {out.path}")
+                if manifest["rejected"]:
+                    print(f"{manifest['rejected']} were rejected, see {out.path}/{REJECTED}")
+    except STORAGE_ERRORS as error:
+        where = getattr(error, "filename", None) or out.path
+        raise UserError(f"{where}: {reason(error)}; mend it, the same command carries on") from None
 
 
 def _default_samples_per_shard(settings: PackSettings, plan: Plan) -> int:
-    at_most = max(1, min(1024, 2**28 // (settings.size_px or 1024) ** 2))
+    at_most = max(1, min(256, 2**28 // (settings.size_px or 1024) ** 2))
     return min(at_most, max(16, math.ceil(sum(map(len, plan.splits.values())) / 8)))
 
 
@@ -108,17 +118,27 @@ def _print_plan(settings: PackSettings, plan: Plan) -> None:
         print("all images for training are of one patient, so there is no validation split", flush=True)
 
 
+def _with_progress(shards: list[ShardPlan], out: Output) -> Iterator[tuple[str, str]]:
+    """Split and name of each shard; shows how the upload goes on, where it is one."""
+    num_samples = sum(len(shard.samples) for shard in shards) if isinstance(out, RemoteOutput) else 0
+    with Progress("uploading", num_samples) as progress:
+        for shard in shards:
+            yield shard.split, shard.name
+            if num_samples:
+                progress.advance(len(shard.samples))
+
+
 class PackJob:
     """Packs a plan's samples into shards in the work folder; what is finished there is not done again."""
 
-    def __init__(self, settings: PackSettings, plan: Plan, samples_per_shard: int) -> None:
+    def __init__(self, settings: PackSettings, plan: Plan, samples_per_shard: int, work: Path) -> None:
         self.shards = [
             ShardPlan(split, f"{split}-{start // samples_per_shard:06d}", samples[start : start + samples_per_shard])
             for split, samples in plan.splits.items()
             for start in range(0, len(samples), samples_per_shard)
         ]
         self._settings, self._plan = settings, plan
-        self._work = settings.out / WORK_FOLDER
+        self._work = work
         self._samples = [sample for shard in self.shards for sample in shard.samples]
         self._max_rejected = settings.max_rejected
         if self._max_rejected is None:

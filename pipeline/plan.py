@@ -27,8 +27,9 @@ class PackSettings:
 
     images: tyro.conf.Positional[tuple[Path, ...]]
     """Folders of PNG and JPEG images, searched all the way down, and .tar or .tar.gz archives of them."""
-    out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
-    """The folder to make."""
+    out: Annotated[str | Path, tyro.conf.arg(metavar="DIR")]
+    """The folder to make, or s3://BUCKET/FOLDER: the set is then packed in $TMPDIR, which needs room for all of it,
+    and uploaded when it is whole."""
     labels: Path | None = None
     """CSV with NIH's columns "Image Index", "Finding Labels" and, maybe, "Patient ID"."""
     boxes: Path | None = None
@@ -51,8 +52,8 @@ class PackSettings:
     quality: int = 95
     """Of --store jpeg, 1 to 100."""
     samples_per_shard: int | None = None
-    """Default: up to 1024; fewer where images are large or few, so that no shard is much over 256 MB, and all but the
-    smallest sets have 8 or more."""
+    """Default: up to 256, so that the loader's buffer of 1,024 samples mixes several shards; fewer where images are
+    large or few, so that no shard is much over 256 MB, and all but the smallest sets have 8 or more."""
     workers: int | None = None
     """Threads. Default: all cores."""
     seed: int = 0

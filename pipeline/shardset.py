@@ -102,7 +102,11 @@ class ShardSet:
         path = str(path).rstrip("/")
         manifest = read_manifest(path)
         if manifest is None:
-            raise UserError(f"{path}: no shard set ({MANIFEST} is missing); make one with shard_cxr14.py pack")
+            filesystem, root = open_storage(path)
+            with reading(path):
+                is_folder = filesystem.isdir(root)
+            what = f"no shard set ({MANIFEST} is missing)" if is_folder else "no such folder"
+            raise UserError(f"{path}: {what}; make one with shard_cxr14.py pack")
         shard_set = cls(path, manifest)
         try:
             is_complete = shard_set.store in EXTENSIONS and shard_set.size_px >= 0 and bool(shard_set.shards)
@@ -213,19 +217,17 @@ class ShardSet:
 
 
 def read_manifest(path: str) -> dict[str, Any] | None:
-    """A shard set's manifest, or None if the folder has none.
+    """A shard set's manifest, or None if there is none.
 
     Raises:
-        UserError: If there is no such folder, or the manifest is not one that this version can read.
+        UserError: If it cannot be reached, or is not one that this version can read.
     """
     where = f"{path}/{MANIFEST}"
     filesystem, root = open_storage(path)
     with reading(where):
         try:
             content = filesystem.cat_file(f"{root}/{MANIFEST}")
-        except FileNotFoundError:
-            if not filesystem.isdir(root):
-                raise UserError(f"{path}: no such folder") from None
+        except (FileNotFoundError, NotADirectoryError):
             return None
     try:
         manifest = json.loads(content)

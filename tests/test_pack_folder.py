@@ -11,7 +11,7 @@ import pytest
 
 from errors import UserError
 from pipeline import pack_folder
-from pipeline.pack_job import pack
+from pipeline.pack_job import PackJob, pack
 from pipeline.plan import PackSettings
 from pipeline.shardset import verify_shard_set
 
@@ -148,13 +148,13 @@ def test_installing_can_be_cut_off_anywhere_and_carried_on(
     run(images, tmp_path / "ready", samples_per_shard=1)
     calls: list[tuple] = []
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.pack_job.install", lambda *arguments: calls.append(arguments))
+        patch.setattr("pipeline.pack_job.install", lambda _, shards, *contents: calls.append((list(shards), *contents)))
         run(images, tmp_path / "ready", store="png", overwrite=True)
     for num_changes in itertools.count():
         out = Path(shutil.copytree(tmp_path / "ready", tmp_path / str(num_changes)))
         try:
             with power_cut_after(num_changes):
-                pack_folder.install(out, *calls[0][1:])
+                pack_folder.install(pack_folder.open_output(out), *calls[0])
         except PowerCut:
             is_whole = False
         else:
@@ -188,6 +188,22 @@ def test_set_with_a_foreign_file_is_not_overwritten(images: Path, tmp_path: Path
     with pytest.raises(UserError, match=r"something else \(train/notes.txt\)"):
         run(images, out, overwrite=True, seed=1)
     assert tree(out) == before
+
+
+def test_foreign_file_that_appears_meanwhile_is_left_alone(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "set"
+    run(images, out)
+    pack_shards = PackJob.run
+
+    def pack_and_write(job: PackJob) -> None:
+        pack_shards(job)
+        (out / "train" / "notes.txt").write_text("mine")
+
+    monkeypatch.setattr(PackJob, "run", pack_and_write)
+    run(images, out, seed=1, overwrite=True)
+    assert (out / "train" / "notes.txt").read_text() == "mine"
 
 
 def test_file_in_the_place_of_the_folder_is_refused(images: Path, tmp_path: Path) -> None:

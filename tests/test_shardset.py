@@ -142,6 +142,30 @@ def test_missing_surplus_and_short_files_are_told(pristine: Path, tmp_path: Path
         assert reason in problem
 
 
+def test_index_that_cannot_be_its_tars_is_told(pristine: Path, tmp_path: Path) -> None:
+    good = (pristine / "train" / "train-000001.idx").read_bytes()
+    lines = good.splitlines(keepends=True)
+    bad_indexes = {
+        "empty": b"",
+        "cut at a line": b"".join(lines[:-1]),
+        "cut in a line": good[:-9],
+        "another's header": b"v1.2 7\n" + b"".join(lines[1:]),
+        "too long": good + lines[-1],
+        "beyond the tar": good.replace(lines[-1], lines[-1].replace(b" json ", b" json 1")),
+        "other contents": good.replace(lines[-1], b"nonsense\n"),
+    }
+    for name, content in bad_indexes.items():
+        shards = Path(shutil.copytree(pristine, tmp_path / name))
+        (shards / "train" / "train-000001.idx").write_bytes(content)
+        with pytest.raises(UserError, match=r"train-000001\.idx: can't be the index of its tar"):
+            ShardSet.open(shards)
+
+
+def test_place_that_cannot_be_reached_is_told() -> None:
+    with pytest.raises(UserError, match="nowhere://set: cannot be reached"):
+        ShardSet.open("nowhere://set")
+
+
 def test_other_files_beside_the_shards_do_not_hinder_opening_but_verify_names_them(shards: Path) -> None:
     (shards / "notes.txt").touch()
     (shards / "rejected.csv").unlink()
