@@ -15,15 +15,15 @@ $(VENV)-cuda12/.ready: requirements-cuda12.txt requirements-common.txt requireme
 	$(VENV)-cuda12/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-cuda12.txt -r requirements-dev.txt
 	touch $@
 
-SMALL := --arch resnet18 --crop-size 64 --batch-size 64 --moco-k 2048 --moco-m 0.99 --log-every 20
+SMALL := --arch resnet18 --crop-size 64 --batch-size 32 --moco-k 256 --moco-m 0.99 --log-every 24
 
 demo: $(VENV)/.ready  ## Phantoms, shards, both stages of pre-training, exports; small enough for a laptop's CPU.
 	$(RUN) -m pipeline.phantom demo/phantoms --num-images 2000 --size-px 128
 	$(RUN) shard_cxr14.py pack demo/phantoms/images --out demo/shards --size 128 \
 	    --labels demo/phantoms/Data_Entry_2017.csv --boxes demo/phantoms/BBox_List_2017.csv \
 	    --train-val-list demo/phantoms/train_val_list.txt --test-list demo/phantoms/test_list.txt
-	$(RUN) train.py demo/shards --mode dir --run-dir demo/dir --epochs 12 $(SMALL)
-	$(RUN) train.py demo/shards --mode dira --run-dir demo/dira --epochs 4 $(SMALL) --init-from demo/dir/checkpoints/last.pt
+	$(RUN) train.py demo/shards --mode dir --run-dir demo/dir --epochs 10 $(SMALL)
+	$(RUN) train.py demo/shards --mode dira --run-dir demo/dira --epochs 3 $(SMALL) --init-from demo/dir/checkpoints/last.pt
 	@echo
 	@echo "Look at demo/dir/curves.png and the last of demo/dira/reconstructions/*.png (rows: input, output, target)."
 	@echo "Weights to fine-tune: demo/dira/export/unet.pth (smp.Unet), resnet18.pth (torchvision), resnet18.safetensors (timm)."
@@ -34,6 +34,12 @@ test: $(VENV)/.ready  ## All tests.
 lint: $(VENV)/.ready  ## Style and likely mistakes.
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+
+BENCHMARKS := bench_shard bench_loader
+
+bench: $(VENV)/.ready  ## All benchmarks; reports in benchmarks/results. Options: make bench OPTIONS="--images DIR".
+	for name in $(BENCHMARKS); do $(RUN) -m benchmarks.$$name $(OPTIONS) || exit 1; done
+	$(RUN) -m benchmarks.report
 
 test-cuda12: $(VENV)-cuda12/.ready  ## All tests on the stack for V100 and older drivers.
 	$(VENV)-cuda12/bin/python -m pytest -q
