@@ -5,9 +5,13 @@ RUN := $(VENV)/bin/python
 
 .PHONY: demo test lint bench test-cuda12 clean
 
-$(VENV)/.ready: requirements.txt requirements-common.txt requirements-dev.txt
+$(VENV)/.ready: requirements.txt requirements-common.txt
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+$(VENV)/.ready-dev: requirements-dev.txt $(VENV)/.ready
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 
 $(VENV)-cuda12/.ready: requirements-cuda12.txt requirements-common.txt requirements-dev.txt
@@ -17,8 +21,11 @@ $(VENV)-cuda12/.ready: requirements-cuda12.txt requirements-common.txt requireme
 
 SMALL := --arch resnet18 --crop-size 64 --batch-size 32 --moco-k 256 --moco-m 0.99 --log-every 24
 
-demo: $(VENV)/.ready  ## Phantoms, shards, both stages of pre-training, exports; small enough for a laptop's CPU.
+demo/phantoms/test_list.txt: $(VENV)/.ready
+	rm -rf demo/phantoms
 	$(RUN) -m pipeline.phantom demo/phantoms --num-images 2000 --size-px 128
+
+demo: demo/phantoms/test_list.txt  ## Phantoms, shards, both stages of pre-training, exports; made for a laptop's CPU.
 	$(RUN) shard_cxr14.py pack demo/phantoms/images --out demo/shards --size 128 \
 	    --labels demo/phantoms/Data_Entry_2017.csv --boxes demo/phantoms/BBox_List_2017.csv \
 	    --train-val-list demo/phantoms/train_val_list.txt --test-list demo/phantoms/test_list.txt
@@ -28,16 +35,16 @@ demo: $(VENV)/.ready  ## Phantoms, shards, both stages of pre-training, exports;
 	@echo "Look at demo/dir/curves.png and the last of demo/dira/reconstructions/*.png (rows: input, output, target)."
 	@echo "Weights to fine-tune: demo/dira/export/unet.pth (smp.Unet), resnet18.pth (torchvision), resnet18.safetensors (timm)."
 
-test: $(VENV)/.ready  ## All tests.
+test: $(VENV)/.ready-dev  ## All tests.
 	$(RUN) -m pytest -q
 
-lint: $(VENV)/.ready  ## Style and likely mistakes.
+lint: $(VENV)/.ready-dev  ## Style and likely mistakes.
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
 BENCHMARKS := bench_shard bench_loader
 
-bench: $(VENV)/.ready  ## All benchmarks; reports in benchmarks/results. Options: make bench OPTIONS="--images DIR".
+bench: $(VENV)/.ready-dev  ## All benchmarks; reports in benchmarks/results. Options: make bench OPTIONS="--images DIR".
 	for name in $(BENCHMARKS); do $(RUN) -m benchmarks.$$name $(OPTIONS) || exit 1; done
 	$(RUN) -m benchmarks.report
 

@@ -67,15 +67,17 @@ def in_fresh_process(function: str, **arguments: Any) -> Figures:
     Arguments and result travel as JSON.
 
     Raises:
-        UserError: If it fails; with the last line that it wrote to standard error.
+        UserError: As it does; if it fails otherwise, with the last line that it wrote to standard error.
     """
     module, name = function.split(":")
     code = f"import json, sys; from {module} import {name} as f; print(json.dumps(f(**json.loads(sys.argv[1]))))"
     command = [sys.executable, "-c", code, json.dumps(arguments)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
-        reason = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
-        raise UserError(f"{function}, called with {json.dumps(arguments)}: {reason[0]}")
+        reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+        error, _, message = reason.partition(": ")
+        is_users = error == f"{UserError.__module__}.{UserError.__qualname__}"
+        raise UserError(message if is_users else f"{function}, called with {json.dumps(arguments)}: {reason}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
