@@ -16,6 +16,8 @@ from pipeline.distortion import Rectangles, draw_rectangles, num_pastes
 from pipeline.packing import EXTENSIONS, Store
 from pipeline.spec import DistortionSpec, ViewSpec
 
+NO_BLUR_SIGMA_PX = 0.25
+
 
 @dataclass(frozen=True)
 class ReaderSpec:
@@ -160,7 +162,9 @@ def _scale_contrast(image: DataNode, factor: DataNode) -> DataNode:
 
 def _blur(image: DataNode, view: ViewSpec) -> DataNode:
     sigma = fn.random.uniform(range=list(view.blur_sigma_px))
-    if fn.random.coin_flip(probability=view.blur_probability, dtype=types.BOOL):
+    is_blurred = fn.random.coin_flip(probability=view.blur_probability, dtype=types.BOOL)
+    # Below a quarter of a pixel the kernel's centre weighs over 0.998: no 8-bit pixel changes.
+    if is_blurred & (sigma > NO_BLUR_SIGMA_PX):
         output = fn.gaussian_blur(image, sigma=sigma)
     else:
         output = image

@@ -14,7 +14,7 @@ from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as tv
 
 from pipeline.distortion import Rectangles, draw_rectangles
-from pipeline.graph import ReaderSpec, build_graph
+from pipeline.graph import NO_BLUR_SIGMA_PX, ReaderSpec, build_graph
 from pipeline.packing import EXTENSIONS, Store
 from pipeline.spec import DistortionSpec, ViewSpec
 
@@ -263,6 +263,11 @@ def test_blur_is_gaussian_with_sigma_uniform_from_a_tenth_to_two_px(tmp_path: Pa
     expected = np.array([ndimage.gaussian_filter1d(edge[0].astype(float), s, truncate=3) for s in sigma])
     assert stats.ks_2samp(spread_px(views.query[:, 30]), spread_px(expected.round())).pvalue > 1e-3
     assert (views.query == views.query[:, 30:31]).all(), "an edge along y is blurred along x only"
+
+
+def test_a_blur_that_is_skipped_would_change_no_pixel() -> None:
+    harshest = np.random.default_rng(0).choice(np.array([0.0, 255.0]), (256, 256))
+    assert (ndimage.gaussian_filter(harshest, NO_BLUR_SIGMA_PX).round() == harshest).all()
 
 
 def reference_distortion(image: np.ndarray, table: Rectangles, index: int) -> np.ndarray:
