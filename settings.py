@@ -32,6 +32,7 @@ class Settings:
     max_steps: int | None = None
     """End the run after this many steps, with validation and exports."""
     seed: int = 0
+    """Of the initial weights, the data's order and every augmentation."""
     save_every: int = 1000
     """Steps between checkpoints; there is one at each epoch's end too."""
     log_every: int = 50
@@ -39,6 +40,7 @@ class Settings:
 
     # The network
     arch: Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"] = "resnet50"
+    """The encoder."""
     crop_size: int = 224
     """Side of a view in px, a multiple of 32."""
 
@@ -54,8 +56,11 @@ class Settings:
     key_bn_groups: int = 4
     """On one rank, groups in which the shuffled keys go through batch normalisation."""
     contrastive_weight: float = 1.0
+    """Weight of InfoNCE in the total loss."""
     mse_weight: float = 10.0
+    """Weight of the restorative term."""
     adv_weight: float = 0.001
+    """Weight of the adversarial term."""
     target: Literal["aligned", "unflipped"] = "aligned"
     """What is restored: the query's crop, flipped as the query is; or, as the original code did, not flipped."""
 
@@ -63,16 +68,21 @@ class Settings:
     batch_size: int = 256
     """Over all ranks together."""
     lr: float = 0.03
+    """SGD's learning rate at the beginning, for the network."""
     momentum: float = 0.9
+    """SGD's momentum."""
     weight_decay: float = 1e-4
+    """SGD's weight decay."""
     schedule: Literal["cosine", "step"] = "cosine"
     """cosine: to 0 over the epochs; step: a tenth of it from each of --lr-drop-epochs on."""
     lr_drop_epochs: tuple[int, ...] = ()
+    """Epochs, counted from 0, from which on --schedule step takes a tenth of the learning rate."""
     disc_lr: float = 2e-4
     """Adam's learning rate for the discriminator."""
 
     # The machine
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: a GPU where there is one."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """auto: bf16 where the hardware has it, else fp16 on a GPU and fp32 on a CPU."""
     fused: Literal["auto", "apex", "torch"] = "auto"
