@@ -29,8 +29,8 @@ demo: demo/phantoms/test_list.txt  ## Phantoms, shards, both stages of pre-train
 	$(RUN) shard_cxr14.py pack demo/phantoms/images --out demo/shards --size 128 \
 	    --labels demo/phantoms/Data_Entry_2017.csv --boxes demo/phantoms/BBox_List_2017.csv \
 	    --train-val-list demo/phantoms/train_val_list.txt --test-list demo/phantoms/test_list.txt
-	$(RUN) train.py demo/shards --mode dir --run-dir demo/dir --epochs 10 $(SMALL)
-	$(RUN) train.py demo/shards --mode dira --run-dir demo/dira --epochs 3 $(SMALL) --init-from demo/dir/checkpoints/last.pt
+	$(RUN) train.py demo/shards --mode dir --run-dir demo/dir --epochs 7 $(SMALL)
+	$(RUN) train.py demo/shards --mode dira --run-dir demo/dira --epochs 2 $(SMALL) --init-from demo/dir/checkpoints/last.pt
 	@echo
 	@echo "Look at demo/dir/curves.png and the last of demo/dira/reconstructions/*.png (rows: input, output, target)."
 	@echo "Weights to fine-tune: demo/dira/export/unet.pth (smp.Unet), resnet18.pth (torchvision), resnet18.safetensors (timm)."
