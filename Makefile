@@ -11,7 +11,7 @@ $(VENV)/.ready: requirements.txt requirements-common.txt
 	touch $@
 
 $(VENV)/.ready-dev: requirements-dev.txt $(VENV)/.ready
-	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
 	touch $@
 
 $(VENV)-cuda12/.ready: requirements-cuda12.txt requirements-common.txt requirements-dev.txt
