@@ -267,7 +267,9 @@ def restore(run: Run, path: Path) -> Meter:
     else:
         run.loader.start_anew(run.step)
         say(f"{path} is from {len(state['loaders'])} ranks: from here on the data comes in another order")
-    if run.best_step == run.step and distributed.is_main() and path == run.checkpoints / "last.pt":
+    if path != run.checkpoints / "last.pt":
+        run.best_loss, run.best_step = math.inf, 0  # the best weights so far are in the other folder
+    elif run.best_step == run.step and distributed.is_main():
         link_best(run.checkpoints)  # in case the kill came between the two
     return Meter(*state["meter"])
 

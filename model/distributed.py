@@ -69,15 +69,6 @@ def barrier() -> None:
         dist.barrier()
 
 
-def broadcast_object(value: _T) -> _T:
-    """Rank 0's value, which must pickle, on every rank."""
-    if world_size() == 1:
-        return value
-    values = [value]
-    dist.broadcast_object_list(values, src=0)
-    return values[0]
-
-
 def gather_objects(value: _T) -> list[_T]:
     """Every rank's value, which must pickle, in the order of the ranks; on ranks other than 0 an empty list."""
     if world_size() == 1:

@@ -194,6 +194,14 @@ def test_ranks_train_together_and_one_rank_carries_on_alone(shard_folder: Path, 
     assert last_checkpoint(tmp_path / "run")["step"] == 8
 
 
+def test_a_run_resumed_in_another_folder_has_its_own_best_weights(shard_folder: Path, tmp_path: Path) -> None:
+    train.pretrain(small(shard_folder, tmp_path / "first", "di", max_steps=2), CPU)
+    last = tmp_path / "first" / "checkpoints" / "last.pt"
+    train.pretrain(small(shard_folder, tmp_path / "second", "di", max_steps=3, resume=str(last)), CPU)
+    assert last_checkpoint(tmp_path / "second")["best_step"] == 3
+    assert (tmp_path / "second" / "export" / "resnet18.pth").exists()
+
+
 def test_two_samples_are_enough_to_train(shard_folder: Path, tmp_path: Path) -> None:
     settings = small(shard_folder, tmp_path, batch_size=2, moco_k=65536, max_steps=2, log_every=50, key_bn_groups=4)
     train.pretrain(settings, CPU)
