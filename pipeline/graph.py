@@ -192,8 +192,9 @@ def _scale_brightness(image: DataNode, factor: DataNode) -> DataNode:
 
 def _scale_contrast(image: DataNode, factor: DataNode) -> DataNode:
     mean = fn.reductions.mean(image, dtype=types.FLOAT)
-    # In 16-bit integers, which hold the unsaturated sum: a quarter of the time that floats take on a CPU.
-    scaled = fn.brightness(image, brightness=factor, dtype=types.INT16)
+    if image.device == "cpu":
+        return fn.brightness_contrast(image, contrast=factor, contrast_center=mean)
+    scaled = fn.brightness(image, brightness=factor, dtype=types.INT16)  # which holds the unsaturated sum
     return fn.cast(scaled + fn.cast(mean * (1.0 - factor), dtype=types.INT16), dtype=types.UINT8)
 
 
