@@ -42,7 +42,7 @@ lint: $(VENV)/.ready-dev  ## Style and likely mistakes.
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
-BENCHMARKS := bench_shard bench_loader
+BENCHMARKS := bench_shard bench_loader bench_stages
 
 bench: $(VENV)/.ready-dev  ## All benchmarks; reports in benchmarks/results. Options: make bench OPTIONS="--images DIR".
 	for name in $(BENCHMARKS); do $(RUN) -m benchmarks.$$name $(OPTIONS) || exit 1; done

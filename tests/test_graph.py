@@ -1,4 +1,5 @@
 import io
+import math
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -175,6 +176,34 @@ def test_resampling_is_torchvisions_antialiased_bilinear(
     assert difference.max() < 12, "beyond the border DALI repeats pixels, torchvision leaves them out"
 
 
+def resampling_weights(start_px: int, length_px: int, num_outputs: int, num_inputs: int) -> np.ndarray:
+    """Weights [num_outputs, num_inputs] of antialiased linear resampling along one axis; beyond it, pixels repeat."""
+    scale = length_px / num_outputs
+    reach = np.arange(-math.ceil(scale) - 1, num_inputs + math.ceil(scale) + 1)
+    center = start_px + (np.arange(num_outputs)[:, None] + 0.5) * scale
+    weights = np.maximum(1 - np.abs(reach + 0.5 - center) / scale, 0)
+    inside = np.eye(num_inputs)[reach.clip(0, num_inputs - 1)]
+    return weights / weights.sum(axis=1, keepdims=True) @ inside
+
+
+@pytest.mark.parametrize("device_id", DEVICES)
+@pytest.mark.parametrize("flip", [0.0, 1.0], ids=["as it lies", "mirrored"])
+@pytest.mark.parametrize(("height_px", "width_px"), [(24, 32), (32, 24)], ids=["wide", "high"])
+def test_wide_and_high_regions_are_resampled_alike(
+    tmp_path: Path, height_px: int, width_px: int, flip: float, device_id: int | None
+) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (64, 64), np.uint8)
+    area, aspect = height_px * width_px / 64**2, width_px / height_px
+    shape = {"crop_size_px": 16, "crop_area": (area, area), "crop_aspect": (aspect, aspect)}
+    view = replace(WHOLE, **shape, flip_probability=flip)
+    views = draw_views(tmp_path, image, view, num_views=64, device_id=device_id).target
+    along_y = np.stack([resampling_weights(y, height_px, 16, 64) for y in range(64 - height_px + 1)])
+    along_x = np.stack([resampling_weights(x, width_px, 16, 64) for x in range(64 - width_px + 1)])
+    anywhere = np.einsum("ayh,hw,bxw->abyx", along_y, image.astype(float), along_x)
+    upright = views[:, :, ::-1] if flip else views
+    assert all((np.abs(anywhere - crop).max(axis=(2, 3)) <= 1).any() for crop in upright)
+
+
 @pytest.mark.parametrize("device_id", DEVICES)
 def test_the_aligned_target_is_the_query_before_jitter_blur_and_distortion(
     tmp_path: Path, device_id: int | None
@@ -263,6 +292,16 @@ def test_blur_is_gaussian_with_sigma_uniform_from_a_tenth_to_two_px(tmp_path: Pa
     expected = np.array([ndimage.gaussian_filter1d(edge[0].astype(float), s, truncate=3) for s in sigma])
     assert stats.ks_2samp(spread_px(views.query[:, 30]), spread_px(expected.round())).pvalue > 1e-3
     assert (views.query == views.query[:, 30:31]).all(), "an edge along y is blurred along x only"
+
+
+@pytest.mark.parametrize("device_id", DEVICES)
+@pytest.mark.parametrize("sigma_px", [0.5, 2.0])
+def test_blur_is_within_a_grey_level_of_the_gaussian(tmp_path: Path, sigma_px: float, device_id: int | None) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (SIZE_PX, SIZE_PX), np.uint8)
+    view = replace(WHOLE, blur_probability=1.0, blur_sigma_px=(sigma_px, sigma_px + 1e-5))
+    views = draw_views(tmp_path, image, view, num_views=1, device_id=device_id)
+    expected = ndimage.gaussian_filter(image.astype(float), sigma_px, mode="mirror", truncate=3)
+    assert np.abs(views.query[0] - expected).max() <= 1
 
 
 def test_a_blur_that_is_skipped_would_change_no_pixel() -> None:
