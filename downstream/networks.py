@@ -114,13 +114,21 @@ def load_unet(weights: str, arch: str, num_classes: int = 1) -> Initialised[smp.
     return Initialised(network, _initialise(network, given, "query.", ("segmentation_head.",), "segmentation head"))
 
 
-def save_classifier(path: Path, network: Classifier, label_names: tuple[str, ...]) -> None:
-    """Save what `open_classifier` opens; its `state_dict` is torchvision's."""
+def save_classifier(path: Path, network: Classifier, label_names: tuple[str, ...], resized_size_px: int = 256) -> None:
+    """Save what `open_classifier` opens; its `state_dict` is torchvision's.
+
+    Args:
+        path: Where to.
+        network: Which.
+        label_names: What its outputs stand for.
+        resized_size_px: Side that whole radiographs were scaled to, in training, before they were cropped.
+    """
     state = {
         "format": CLASSIFIER_FORMAT,
         "version": VERSION,
         "arch": network.arch,
         "label_names": list(label_names),
+        "resized_size_px": resized_size_px,
         "is_normalised": network.is_normalised,
         "state_dict": network.state_dict(),
     }
@@ -132,6 +140,8 @@ class SavedClassifier(NamedTuple):
 
     network: Classifier
     label_names: tuple[str, ...]
+    resized_size_px: int
+    """Side that whole radiographs have to be scaled to, for findings to have the size that it has learnt them in."""
 
 
 def open_classifier(path: Path) -> SavedClassifier:
@@ -148,7 +158,7 @@ def open_classifier(path: Path) -> SavedClassifier:
     label_names = tuple(state["label_names"])
     network = Classifier(state["arch"], len(label_names), is_normalised=state["is_normalised"])
     network.load_state_dict(state["state_dict"])
-    return SavedClassifier(network, label_names)
+    return SavedClassifier(network, label_names, state["resized_size_px"])
 
 
 class _Weights(NamedTuple):

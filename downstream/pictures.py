@@ -31,6 +31,31 @@ def draw_masks(image: np.ndarray, truth: np.ndarray, prediction: np.ndarray, cap
     return _captioned(picture, caption)
 
 
+def draw_boxes(
+    image: np.ndarray, heatmap: np.ndarray, truths: np.ndarray, found: np.ndarray | None, caption: str
+) -> np.ndarray:
+    """Lay a heatmap over a radiograph, with the true boxes in green and the found one in red.
+
+    Args:
+        image: uint8 grey [S, S].
+        heatmap: fp32 [S, S] in 0..1.
+        truths: [N, 4]: left, top, right and bottom in px of the image.
+        found: The same, [4], if there is one.
+        caption: For the upper left corner.
+
+    Returns:
+        uint8 BGR [SIDE_PX, SIDE_PX, 3].
+    """
+    colours = cv2.applyColorMap((255 * heatmap).astype(np.uint8), cv2.COLORMAP_JET)
+    colours = cv2.resize(colours, (SIDE_PX, SIDE_PX), interpolation=cv2.INTER_LINEAR)
+    picture = cv2.addWeighted(_enlarged(image), 0.65, colours, 0.35, 0)
+    boxes = [(truth, TRUTH_BGR) for truth in truths] + ([(found, PREDICTION_BGR)] if found is not None else [])
+    for box, colour in boxes:
+        left, top, right, bottom = (round(float(edge) * SIDE_PX / len(image)) for edge in box)
+        cv2.rectangle(picture, (left, top), (right - 1, bottom - 1), colour, 2)
+    return _captioned(picture, caption)
+
+
 def write_png(path: Path, pixels: np.ndarray) -> None:
     """Write uint8 grey [H, W] or BGR [H, W, 3]. Raise UserError where that fails."""
     if not cv2.imwrite(str(path), pixels):
