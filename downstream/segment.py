@@ -92,6 +92,8 @@ class SegmentSettings(RunSettings):
     """At most."""
     patience: int = 20
     """Stop after so many epochs without a lower validation loss."""
+    min_steps_per_epoch: int = 1
+    """Make an epoch of several passes where it has fewer steps, as with a handful of images."""
     device: Device = "auto"
     """auto: a GPU where there is one."""
     precision: Precision = "auto"
@@ -120,7 +122,7 @@ class SegmentSettings(RunSettings):
             )
             < 0,
         }
-        for name in ("runs", "num_train", "batch_size", "lr", "epochs", "patience"):
+        for name in ("runs", "num_train", "batch_size", "lr", "epochs", "patience", "min_steps_per_epoch"):
             value = getattr(self, name)
             wrong[f"--{name.replace('_', '-')} {value}: must be more than 0"] = value is not None and value <= 0
         for message, applies in wrong.items():
@@ -261,7 +263,9 @@ def _train(run: Run, train_pairs: list[Pair], val_pairs: list[Pair]) -> None:
     num_workers = settings.data_workers
     if num_workers is None:
         num_workers = min(8, os.cpu_count() or 1) if on_gpu else 0
-    batches = TrainBatches(train_pairs, settings.batch_size, run.seed, num_workers, pin_memory=on_gpu)
+    batches = TrainBatches(
+        train_pairs, settings.batch_size, settings.min_steps_per_epoch, run.seed, num_workers, pin_memory=on_gpu
+    )
     steps = len(batches)
     saved_at = time.monotonic()
     with RunLog(run.folder, first_step=run.epoch * steps, num_steps=settings.epochs * steps, is_main=True) as log:
@@ -271,8 +275,8 @@ def _train(run: Run, train_pairs: list[Pair], val_pairs: list[Pair]) -> None:
                 sum_loss += _step(run, batch)
                 log.advance()
             where = {"step": (run.epoch + 1) * steps, "epoch": run.epoch}
-            rate = len(train_pairs) / (time.monotonic() - began_at)
-            log.write({"phase": "train", **where, "loss": sum_loss.item() / steps, "images_per_second": rate})
+            loss = sum_loss.item() / steps
+            log.write({"phase": "train", **where, "loss": loss, "seconds": time.monotonic() - began_at})
             val = _validate(run, val_pairs)
             if not math.isfinite(val["loss"]):
                 raise UserError(f"the loss diverged by epoch {run.epoch}: try a smaller --lr or --precision fp32")

@@ -283,41 +283,54 @@ def augmentation() -> albumentations.Compose:
 
 
 class _AugmentedPairs(Dataset):
-    """Pairs whose augmentation follows from seed, epoch and place alone, so that a resumed run sees the same ones."""
+    """Pairs whose augmentation follows from seed, pass and place alone, so that a resumed run sees the same ones."""
 
     def __init__(self, pairs: list[Pair], seed: int) -> None:
         self._pairs, self._seed = pairs, seed
         self._augment = augmentation()
 
     def __getitem__(self, place: tuple[int, int]) -> Batch:
-        epoch, index = place
+        number, index = place
         pair = self._pairs[index]
-        self._augment.set_random_seed(int(np.random.SeedSequence([self._seed, epoch, index]).generate_state(1)[0]))
+        self._augment.set_random_seed(int(np.random.SeedSequence([self._seed, number, index]).generate_state(1)[0]))
         both = self._augment(image=pair.image[..., None], mask=pair.mask)
         return Batch(torch.from_numpy(both["image"]).permute(2, 0, 1), torch.from_numpy(both["mask"])[None])
 
 
 class _EpochOrder(Sampler):
-    """Batches of (epoch, index) in an order that follows from seed and epoch alone."""
+    """Batches of (pass, index) in an order that follows from seed and pass alone; an epoch is one pass or several."""
 
-    def __init__(self, num_pairs: int, batch_size: int, seed: int) -> None:
-        self._num_pairs, self._batch_size, self._seed = num_pairs, batch_size, seed
+    def __init__(self, num_pairs: int, batch_size: int, num_passes: int, seed: int) -> None:
+        self._num_pairs, self._batch_size, self._num_passes, self._seed = num_pairs, batch_size, num_passes, seed
         self.epoch = 0
 
     def __len__(self) -> int:
-        return math.ceil(self._num_pairs / self._batch_size)
+        return math.ceil(self._num_pairs / self._batch_size) * self._num_passes
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order = np.random.default_rng([self._seed, self.epoch]).permutation(self._num_pairs).tolist()
-        for start in range(0, self._num_pairs, self._batch_size):
-            yield [(self.epoch, index) for index in order[start : start + self._batch_size]]
+        for number in range(self.epoch * self._num_passes, (self.epoch + 1) * self._num_passes):
+            order = np.random.default_rng([self._seed, number]).permutation(self._num_pairs).tolist()
+            for start in range(0, self._num_pairs, self._batch_size):
+                yield [(number, index) for index in order[start : start + self._batch_size]]
 
 
 class TrainBatches:
-    """An epoch's augmented batches; the last one may be smaller. `num_workers` processes augment, or none."""
+    """Epochs of augmented batches; the last one of a pass may be smaller.
 
-    def __init__(self, pairs: list[Pair], batch_size: int, seed: int, num_workers: int, *, pin_memory: bool) -> None:
-        self._order = _EpochOrder(len(pairs), batch_size, seed)
+    Args:
+        pairs: What to train on.
+        batch_size: Pairs in a batch.
+        min_steps: An epoch has as many passes over the pairs as it takes for so many batches.
+        seed: Of order and augmentation.
+        num_workers: Processes that augment, or 0.
+        pin_memory: For a GPU.
+    """
+
+    def __init__(
+        self, pairs: list[Pair], batch_size: int, min_steps: int, seed: int, num_workers: int, *, pin_memory: bool
+    ) -> None:
+        num_passes = math.ceil(min_steps / math.ceil(len(pairs) / batch_size))
+        self._order = _EpochOrder(len(pairs), batch_size, num_passes, seed)
         self._loader = DataLoader(
             _AugmentedPairs(pairs, seed),
             batch_sampler=self._order,
