@@ -1,6 +1,7 @@
 """Settings of a fine-tuning run: frozen dataclasses that are command lines, and config.json in the run's folder."""
 
 import json
+import statistics
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, get_type_hints
@@ -68,3 +69,22 @@ class RunSettings:
                 f"{path} belongs to a run with other settings ({'; '.join(differing)}): "
                 "use the same ones, or another --run-dir"
             )
+
+
+def summarise(runs: list[dict[str, Any]]) -> dict[str, dict[str, float | None]]:
+    """Mean and standard deviation (of a sample) of every score, over the runs; one run alone has no deviation.
+
+    Scores are the entries whose names end in `mean_auc`.
+    """
+    values = {name: [run[name] for run in runs] for name in runs[0] if name.endswith("mean_auc")}
+    return {
+        "mean": {name: statistics.fmean(found) for name, found in values.items()},
+        "std": {name: statistics.stdev(found) if len(found) > 1 else None for name, found in values.items()},
+    }
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a file that is, whatever happens, either the old one or the new one."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    temporary.replace(path)

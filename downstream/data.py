@@ -213,6 +213,7 @@ class TrainLoader:
         if part.num_samples < spec.world_size:
             raise UserError(f"{part.num_samples} labelled samples can't be shared out over {spec.world_size} ranks")
         self._spec, self._part = spec, part
+        self.num_samples = part.num_samples
         self.batch_size_per_rank = min(spec.batch_size_per_rank, part.num_samples // spec.world_size)
         self._steps_per_pass = part.num_samples // (self.batch_size_per_rank * spec.world_size)
         self._num_passes = math.ceil(min_steps_per_epoch / self._steps_per_pass)
