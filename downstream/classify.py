@@ -253,7 +253,7 @@ def finish_epoch(run: FineTuning, folder: Path, log: RunLog) -> None:
         run.best_loss, run.best_epoch = loss, run.epoch
     if distributed.is_main():
         if is_best:
-            save_classifier(folder / "classifier.pt", run.network, run.label_names)
+            save_classifier(folder / "classifier.pt", run.network, run.label_names, run.settings.view.resized_size_px)
         save_checkpoint(folder / "last.pt", state_of(run))
 
 
