@@ -64,8 +64,9 @@ def hausdorff_95(
 def _dice_and_iou(predictions: np.ndarray, truths: np.ndarray) -> tuple[float, float]:
     masks = [torch.from_numpy(np.ascontiguousarray(m, np.uint8))[:, None].long() for m in (predictions, truths)]
     counts = smp_metrics.get_stats(*masks, mode="binary")  # true and false positives, false and true negatives, [N, 1]
+    # "macro" is "micro" where there is one class, but for empty masks: to them "micro" gives no number
     scores = (
-        score(*counts, reduction="micro", zero_division=1.0) for score in (smp_metrics.f1_score, smp_metrics.iou_score)
+        score(*counts, reduction="macro", zero_division=1.0) for score in (smp_metrics.f1_score, smp_metrics.iou_score)
     )
     dice, iou = (float(score) for score in scores)
     return dice, iou
