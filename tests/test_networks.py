@@ -216,7 +216,7 @@ def test_weights_that_do_not_fit_are_refused_and_named(exports: Path, tmp_path: 
 
 def test_a_saved_classifiers_weights_are_a_torchvision_state_dict(tmp_path: Path) -> None:
     network = Classifier(ARCH, 3)
-    save_classifier(tmp_path / "classifier.pt", network, ("a", "b", "c"))
+    save_classifier(tmp_path / "classifier.pt", network, ("a", "b", "c"), 256)
     weights = torch.load(io.BytesIO((tmp_path / "classifier.pt").read_bytes()), weights_only=True)["state_dict"]
     torchvision.models.resnet18(num_classes=3).load_state_dict(weights)
 
