@@ -15,6 +15,7 @@ from downstream import segment as module
 from downstream.segment import SegmentSettings, segment
 from errors import UsageError, UserError
 from pipeline.phantom import write_phantoms
+from tests.commands import run_command
 
 SIZE_PX = 64
 
@@ -198,3 +199,10 @@ def test_a_shard_sets_images_are_segmented_by_their_masks(shard_folder: Path, tm
     settings = settings_for(shard_folder, tmp_path, images=None, shards=str(shard_folder), masks=masks, epochs=1)
     tested = (shard_folder.parent / "test_list.txt").read_text().split()
     assert sorted(f"{name}.png" for name in segment(settings)["runs"][0]["images"]) == sorted(tested)
+
+
+def test_the_command_ends_in_one_line_on_bad_input(tmp_path: Path) -> None:
+    where = ("--images", tmp_path / "nowhere", "--masks", tmp_path, "--run-dir", tmp_path / "run")
+    done = run_command("finetune.py", "segment", *where, "--weights", "random")
+    assert done.returncode == 1
+    assert done.stderr == f"error: {tmp_path}/nowhere: no such folder\n"

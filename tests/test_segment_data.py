@@ -9,6 +9,7 @@ import pytest
 from downstream.segment_data import (
     Pair,
     TrainBatches,
+    _EpochOrder,
     choose_some,
     pack_mask,
     plain_batches,
@@ -283,6 +284,16 @@ def test_an_epoch_depends_on_seed_and_number_alone() -> None:
                 np.testing.assert_array_equal(array, again)
     assert [len(batch[0]) for batch in whole[0]] == [2, 2, 1]
     assert not np.array_equal(whole[0][0][0], whole[1][0][0])
+
+
+def test_every_pass_takes_all_pairs_once_in_an_order_of_its_own() -> None:
+    order = _EpochOrder(num_pairs=20, batch_size=8, num_passes=2, seed=1)
+    order.epoch = 3
+    places = list(itertools.chain(*order))
+    assert [number for number, _ in places] == [6] * 20 + [7] * 20
+    first, second = ([index for number, index in places if number == wanted] for wanted in (6, 7))
+    assert sorted(first) == sorted(second) == list(range(20))
+    assert first not in (second, sorted(first))
 
 
 def test_a_handful_of_pairs_makes_an_epoch_of_several_passes() -> None:
