@@ -47,6 +47,7 @@ from model.unet import SIZE_STEP_PX, to_unit_range
 from rundir import RunLog, lock
 
 SECONDS_BETWEEN_SAVES = 60
+RESULTS = "results.json"
 SCORES = ("dice_per_image", "dice_pooled", "iou_per_image", "iou_pooled", "hausdorff95_px")
 
 
@@ -176,11 +177,12 @@ def segment(settings: SegmentSettings) -> dict[str, Any]:
     folder = Path(settings.run_dir)
     with lock(folder):
         settings.claim(folder, {"device": str(device), "precision": precision})
-        splits = read_splits(settings)
-        seeds = range(settings.seed, settings.seed + settings.runs)
-        runs = [_run_seed(settings, splits, seed, folder / f"seed-{seed}", device, precision) for seed in seeds]
+        folders = {seed: folder / f"seed-{seed}" for seed in range(settings.seed, settings.seed + settings.runs)}
+        is_finished = all((place / RESULTS).exists() for place in folders.values())
+        splits = {} if is_finished else read_splits(settings)
+        runs = [_run_seed(settings, splits, seed, place, device, precision) for seed, place in folders.items()]
         results = {"runs": runs, **_mean_and_std(runs)}
-        _write_json(folder / "results.json", results)
+        _write_json(folder / RESULTS, results)
     summary = ", ".join(f"{name} {_with_spread(results, name)}" for name in results["mean"])
     print(f"{settings.weights}, {settings.runs} runs: {summary}; all of it in {folder}", flush=True)
     return results
@@ -210,7 +212,7 @@ def _run_seed(
     settings: SegmentSettings, splits: Splits, seed: int, folder: Path, device: torch.device, precision: str
 ) -> dict[str, Any]:
     """Train, test and write what came out; or read it, where the folder holds it."""
-    results = folder / "results.json"
+    results = folder / RESULTS
     if results.exists():
         print(f"{folder} is finished", flush=True)
         return json.loads(results.read_text())

@@ -118,9 +118,9 @@ def test_seeds_are_runs_with_a_mean_and_a_deviation_and_are_not_run_again(phanto
     assert weights.stat().st_mtime_ns == written_at
     assert two["runs"][0] == one["runs"][0]
     assert [(run["seed"], run["num_train"]) for run in two["runs"]] == [(7, 4), (8, 4)]
-    losses = [run["dice_per_image"] for run in two["runs"]]
-    assert losses[0] != losses[1]
-    assert two["std"]["dice_per_image"] == pytest.approx(np.std(losses, ddof=1))
+    dices = [run["dice_per_image"] for run in two["runs"]]
+    assert dices[0] != dices[1]
+    assert two["std"]["dice_per_image"] == pytest.approx(np.std(dices, ddof=1))
 
 
 def test_training_stops_when_patience_ends(phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
