@@ -99,10 +99,8 @@ def classify(settings: ClassifySettings) -> dict[str, Any]:
     with lock(folder) if is_main else nullcontext():
         if is_main:
             settings.claim(folder, {"device": str(device), "precision": precision})
-        run_seed = check_features if settings.knn or settings.linear_probe else fine_tune
         seeds = range(settings.seed, settings.seed + settings.runs)
         runs = [run_seed(replace(settings, seed=seed), folder / f"seed-{seed}", device, precision) for seed in seeds]
-        distributed.barrier()  # the main rank writes last
         if not is_main:
             return {}
         results = {"runs": runs, **summarise(runs)}
@@ -134,14 +132,25 @@ def open_labelled(settings: ClassifySettings) -> tuple[tuple[ShardSet, ...], tup
 # --- one seed -------------------------------------------------------------------------------------------------------
 
 
-def fine_tune(settings: ClassifySettings, folder: Path, device: torch.device, precision: str) -> dict[str, Any]:
-    """Fine-tune from where `folder` is and test; return what its results.json holds, {} on ranks but 0."""
+def run_seed(settings: ClassifySettings, folder: Path, device: torch.device, precision: str) -> dict[str, Any]:
+    """Do the run, or read what it has found already; {} on ranks but 0."""
     results = folder / "results.json"
     if results.exists():
         say(f"{folder} is finished")
         return json.loads(results.read_text()) if distributed.is_main() else {}
     if distributed.is_main():
         folder.mkdir(exist_ok=True)
+    do_run = check_features if settings.knn or settings.linear_probe else fine_tune
+    found = do_run(settings, folder, device, precision)
+    if distributed.is_main():
+        write_json(results, found)
+        (folder / "last.pt").unlink(missing_ok=True)
+    distributed.barrier()  # no rank looks for results that are being written
+    return found
+
+
+def fine_tune(settings: ClassifySettings, folder: Path, device: torch.device, precision: str) -> dict[str, Any]:
+    """Fine-tune from where `folder` is, and test."""
     with tempfile.TemporaryDirectory() as index_folder:
         run = build(settings, device, precision, Path(index_folder))
         if (folder / "last.pt").exists():
@@ -151,12 +160,7 @@ def fine_tune(settings: ClassifySettings, folder: Path, device: torch.device, pr
             while not run.is_over:
                 train_epoch(run, log)
                 finish_epoch(run, folder, log)
-        found = test(run, folder)
-    if distributed.is_main():
-        write_json(results, found)
-        (folder / "last.pt").unlink()
-    distributed.barrier()
-    return found
+        return test(run, folder)
 
 
 def build(settings: ClassifySettings, device: torch.device, precision: str, index_folder: Path) -> FineTuning:
@@ -324,7 +328,7 @@ def score(predictions: Predictions, names: tuple[str, ...], folder: Path, prefix
 
 
 def check_features(settings: ClassifySettings, folder: Path, device: torch.device, precision: str) -> dict[str, Any]:
-    """Score the frozen encoder on the test split, by centre crops; as `fine_tune` otherwise."""
+    """Score the frozen encoder on the test split, by centre crops."""
     torch.manual_seed(settings.seed)
     shard_sets, names = open_labelled(settings)
     network, summary = load_classifier(settings.weights, settings.arch, len(names))
@@ -339,7 +343,6 @@ def check_features(settings: ClassifySettings, folder: Path, device: torch.devic
         )
     if train is None or test is None:
         return {}
-    folder.mkdir(exist_ok=True)
     found = {"seed": settings.seed, "num_train": len(train.keys)}
     for prefix, is_asked, scores in (
         ("knn_", settings.knn, knn_scores),
@@ -348,5 +351,4 @@ def check_features(settings: ClassifySettings, folder: Path, device: torch.devic
         if is_asked:
             predictions = Predictions(test.keys, test.patients, test.labels, scores(train, test.features))
             found |= score(predictions, names, folder, prefix)
-    write_json(folder / "results.json", found)
     return found
