@@ -203,19 +203,22 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_what_is_written_agrees_with_the_boxes_as_they_were_given(
     shard_folder: Path, weights: Path, tmp_path: Path
 ) -> None:
-    results = localize(LocalizeSettings(str(shard_folder), str(weights), str(tmp_path), batch_size=3, device="cpu"))
+    options = {"split": "train", "batch_size": 3, "device": "cpu"}
+    results = localize(LocalizeSettings(str(shard_folder), str(weights), str(tmp_path), **options))
     assert json.loads((tmp_path / "results.json").read_text()) == results
-    tested = set((shard_folder.parent / "test_list.txt").read_text().split())
+    of_split = {meta["name"] for _, meta, _ in ShardSet.open(shard_folder).read_samples("train")}
     boxes = {}
     with (shard_folder.parent / "BBox_List_2017.csv").open() as file:
         for name, finding, x, y, w, h in list(csv.reader(file))[1:]:
             box = np.array([x, y, w, h], float)
-            if name in tested:
+            if name in of_split:
                 boxes.setdefault((name.removesuffix(".png"), finding), []).append([*box[:2], *(box[:2] + box[2:])])
     with (tmp_path / "boxes.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == list(COLUMNS)
     assert {(row["image"], row["finding"]) for row in rows} == boxes.keys()
+    assert max(map(len, boxes.values())) > 1
+    assert all(int(row["num_boxes"]) == len(boxes[row["image"], row["finding"]]) for row in rows)
     assert len(rows) == len(boxes)
     for row in rows:
         truths = np.array(boxes[row["image"], row["finding"]])
