@@ -9,7 +9,7 @@ import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Self, TextIO
+from typing import Any, Protocol, Self, TextIO
 
 import torch
 from matplotlib.figure import Figure
@@ -21,6 +21,13 @@ from errors import UserError
 from settings import Settings, refuse_other_settings
 
 SECONDS_BETWEEN_CURVES = 60
+
+
+class AnySettings(Protocol):
+    """Settings of whatever kind of run."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return them by name, of JSON's types."""
 
 
 def lock(folder: Path) -> TextIO:
@@ -54,7 +61,7 @@ def check_config(folder: Path, settings: Settings) -> None:
         refuse_other_settings(settings, Settings.from_dict(saved, str(path)), str(path))
 
 
-def write_config(folder: Path, settings: Settings, chosen: dict[str, Any]) -> None:
+def write_config(folder: Path, settings: AnySettings, chosen: dict[str, Any]) -> None:
     """Write every setting, what was chosen for the automatic ones, versions and the git commit."""
     packages = ("torch", "torchvision", "segmentation-models-pytorch", "nvidia-dali-cuda130", "nvidia-dali-cuda120")
     versions = {"python": platform.python_version()}

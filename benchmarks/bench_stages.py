@@ -34,8 +34,9 @@ from benchmarks.report import describe_hardware, make_result, publish
 from benchmarks.timing import Figures, measure_in_turn, summarise
 from errors import exits_on_user_error
 from pipeline.distortion import Rectangles, draw_rectangles, num_pastes
-from pipeline.graph import ReaderSpec, read
+from pipeline.graph import ReaderSpec, decode, read
 from pipeline.loader import LoaderSpec, PretrainLoader
+from pipeline.packing import EXTENSIONS
 from pipeline.shardset import ShardSet
 from pipeline.spec import DistortionSpec, ViewSpec
 
@@ -100,7 +101,8 @@ def _start(graph: Pipeline) -> Callable[[], Any]:
 
 @pipeline_def
 def _reading_graph(reader: ReaderSpec) -> DataNode:
-    return read(reader, on_gpu=False)[0]
+    (encoded,) = read(reader, EXTENSIONS[reader.store])
+    return decode(encoded, reader, on_gpu=False)[0]
 
 
 # --- kernels alone --------------------------------------------------------------------------------------------------

@@ -71,11 +71,15 @@ def load_checkpoint(path: Path, device: torch.device) -> dict[str, Any]:
     return state
 
 
-class _Source(NamedTuple):
+class Source(NamedTuple):
+    """What a file of weights holds."""
+
     kind: str
     """For the user: what sort of file it is."""
     tensors: dict[str, Tensor]
     """By their names in `DiRA.state_dict()`."""
+    is_normalised: bool = False
+    """Whether its encoder takes images normalised by ImageNet's mean and deviation, as it has said when saved."""
 
 
 def initialise_from(model: DiRA, path: Path, arch: str, mode: str) -> str:
@@ -95,8 +99,8 @@ def initialise_from(model: DiRA, path: Path, arch: str, mode: str) -> str:
     Raises:
         UserError: The file can't be read, or what it holds doesn't fit the run.
     """
-    source = _read(path)
-    if (found := _arch_of(source.tensors)) != arch:
+    source = read_source(path)
+    if (found := arch_of(source.tensors)) != arch:
         raise UserError(f"{path}: its encoder is {found or 'none known here'}, this run's is {arch}: see --arch")
     own = model.state_dict()
     _check_sizes(path, source.tensors, own)
@@ -105,7 +109,7 @@ def initialise_from(model: DiRA, path: Path, arch: str, mode: str) -> str:
         given = {name: tensor for name, tensor in source.tensors.items() if name.startswith(prefixes)}
         wanted = {name: tensor for name, tensor in own.items() if name.startswith(prefixes)}
         if given and wanted:
-            _check_fit(path, part, given, wanted)
+            check_fit(path, part, given, wanted)
             state |= given
             taken.append(part)
         elif wanted:
@@ -117,8 +121,8 @@ def initialise_from(model: DiRA, path: Path, arch: str, mode: str) -> str:
         state |= {name: state[name.replace("key.", "query.", 1)] for name in own if name.startswith("key.")}
         taken[taken.index("encoder")] = "encoder (for the keys too)"
     model.load_state_dict(state)
-    line = f"{mode} starts from {path} ({source.kind}): {_listed(taken)} taken, {_listed([*fresh, 'optimizers'])} fresh"
-    return f"{line}, {_listed(unused)} not needed" if unused else line
+    line = f"{mode} starts from {path} ({source.kind}): {listed(taken)} taken, {listed([*fresh, 'optimizers'])} fresh"
+    return f"{line}, {listed(unused)} not needed" if unused else line
 
 
 def export_weights(model: DiRA, arch: str, mode: str, folder: Path) -> None:
@@ -167,7 +171,12 @@ def _verify_checksums(path: Path) -> None:
                 raise zipfile.BadZipFile(damaged)
 
 
-def _read(path: Path) -> _Source:
+def read_source(path: Path) -> Source:
+    """What a run can start from, whichever of the formats of `initialise_from` it comes in.
+
+    Raises:
+        UserError: The file can't be read, or holds no network known here.
+    """
     if path.is_dir():
         return _read_smp_folder(path)
     if path.suffix == ".safetensors":
@@ -176,15 +185,15 @@ def _read(path: Path) -> _Source:
     if contents.get("format") == FORMAT:
         if contents["version"] != VERSION:
             raise UserError(f"{path}: a checkpoint of version {contents['version']}; this program reads {VERSION}")
-        return _Source(f"a {contents['mode']} checkpoint", contents["model"])
+        return Source(f"a {contents['mode']} checkpoint", contents["model"])
     named = contents.get("state_dict", contents)
     tensors = {str(name).removeprefix("module."): t for name, t in named.items() if isinstance(t, Tensor)}
     if any(name.startswith("encoder_q.") for name in tensors):
         return _from_original(tensors)
-    return _from_export(path, tensors)
+    return _from_export(path, tensors)._replace(is_normalised=contents.get("is_normalised") is True)
 
 
-def _read_smp_folder(path: Path) -> _Source:
+def _read_smp_folder(path: Path) -> Source:
     weights = path / "model.safetensors"
     if not weights.is_file():
         raise UserError(f"{path}: a folder without model.safetensors, so none that smp's save_pretrained wrote")
@@ -200,7 +209,7 @@ def _load_safetensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: not a safetensors file, or a damaged one ({error})") from None
 
 
-def _from_export(path: Path, tensors: dict[str, Tensor]) -> _Source:
+def _from_export(path: Path, tensors: dict[str, Tensor]) -> Source:
     """Plain state dicts: of `smp.Unet`, or of torchvision's or timm's ResNet, with or without `fc`."""
     if "encoder.conv1.weight" in tensors:
         prefix, kind = "query.", "an smp.Unet"
@@ -209,10 +218,10 @@ def _from_export(path: Path, tensors: dict[str, Tensor]) -> _Source:
     else:
         raise UserError(f"{path}: holds no network known here: neither a DiRA checkpoint nor an smp.Unet nor a ResNet")
     named = {prefix + name: tensor for name, tensor in tensors.items() if not name.startswith("fc.")}
-    return _Source(kind, named)
+    return Source(kind, named)
 
 
-def _from_original(tensors: dict[str, Tensor]) -> _Source:
+def _from_original(tensors: dict[str, Tensor]) -> Source:
     """The original code's names. Its queue is [dim, K], and its key network may hold a decoder, which has no use."""
     named = {}
     for name, tensor in tensors.items():
@@ -225,10 +234,10 @@ def _from_original(tensors: dict[str, Tensor]) -> _Source:
             ours = ours.replace(".backbone.", ".", 1).replace(".fc.", ".projection.", 1)
             if not ours.startswith(("key.decoder.", "key.segmentation_head.")):
                 named[ours] = tensor
-    return _Source("a checkpoint of the original code", named)
+    return Source("a checkpoint of the original code", named)
 
 
-def _arch_of(tensors: dict[str, Tensor]) -> str | None:
+def arch_of(tensors: dict[str, Tensor]) -> str | None:
     """Which ResNet these tensors are, told from its blocks."""
     layer = "query.encoder.layer"
     num_blocks = [len({name.split(".")[3] for name in tensors if name.startswith(f"{layer}{i}.")}) for i in (2, 3)]
@@ -246,8 +255,8 @@ def _check_sizes(path: Path, given: dict[str, Tensor], own: dict[str, Tensor]) -
         raise UserError(f"{path}: its queue holds {k} keys, this run's {len(own['queue'])}: pass --moco-k {k}")
 
 
-def _check_fit(path: Path, part: str, given: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    """Every tensor of a part has to be there, in its shape, and no other."""
+def check_fit(path: Path, part: str, given: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    """Raise UserError unless every tensor of a part is there, in its shape, and no other."""
     problems = [f"{name} is missing" for name in wanted if name not in given]
     problems += [f"{name} is unknown" for name in given if name not in wanted]
     problems += [
@@ -260,5 +269,6 @@ def _check_fit(path: Path, part: str, given: dict[str, Tensor], wanted: dict[str
         raise UserError(f"{path}: its {part} does not fit this run's: {'; '.join(problems[:3])}{more}")
 
 
-def _listed(words: list[str]) -> str:
+def listed(words: list[str]) -> str:
+    """One or more words as a sentence has them: `a, b and c`."""
     return " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))

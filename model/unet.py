@@ -38,9 +38,9 @@ class GreyConv2d(nn.Conv2d):
         return self._conv_forward(images, weight, self.bias)
 
 
-def _grey_stem(conv: nn.Conv2d) -> GreyConv2d:
+def grey_stem(conv: nn.Conv2d, kind: type[GreyConv2d] = GreyConv2d) -> GreyConv2d:
     """The same convolution, with the very same weights, for one-channel images."""
-    grey = GreyConv2d(
+    grey = kind(
         conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, bias=conv.bias is not None
     )
     grey.weight, grey.bias = conv.weight, conv.bias
@@ -62,7 +62,7 @@ class UNet(nn.Module):
         super().__init__()
         unet = smp_unet(arch)
         self.encoder = unet.encoder
-        self.encoder.conv1 = _grey_stem(self.encoder.conv1)
+        self.encoder.conv1 = grey_stem(self.encoder.conv1)
         self.decoder = unet.decoder if with_decoder else None
         self.segmentation_head = unet.segmentation_head if with_decoder else None
         width = self.encoder.out_channels[-1]

@@ -1,4 +1,6 @@
-"""The one DALI graph, for CPU and GPU: read, decode, two views, distortion. No other file holds DALI operators.
+"""The DALI graphs, for CPU and GPU; no other file holds DALI operators.
+
+`build_graph` is for pre-training: read, decode, two views, distortion; `build_labelled_graph` for whoever has labels.
 
 What keeps it true on a GPU: named arguments (sigma, factors, rectangles) are CPU data, so that whatever depends on
 pixels, such as the image's own mean, is arithmetic in the graph; and nothing on the CPU follows what is on the GPU.
@@ -17,7 +19,7 @@ from nvidia.dali.types import BatchInfo
 
 from pipeline.distortion import Rectangles, draw_rectangles, num_pastes
 from pipeline.packing import EXTENSIONS, Store
-from pipeline.spec import DistortionSpec, ViewSpec
+from pipeline.spec import DistortionSpec, LabelledViewSpec, ViewSpec
 
 NO_BLUR_SIGMA_PX = 0.25
 
@@ -63,7 +65,7 @@ def build_graph(
         batch_size=batch_size,
         num_threads=num_threads,
         device_id=device_id,
-        seed=(reader.seed * 1_000_003 + reader.rank * 7919 + 1) % 2**31,  # DALI's seed is one 31-bit number
+        seed=_seed_of(reader),
         enable_conditionals=True,
         enable_checkpointing=True,
         prefetch_queue_depth=2,
@@ -73,12 +75,54 @@ def build_graph(
     return pipeline
 
 
+def build_labelled_graph(
+    reader: ReaderSpec,
+    view: LabelledViewSpec,
+    *,
+    augment: bool,
+    batch_size: int,
+    device_id: int | None,
+    num_threads: int,
+) -> Pipeline:
+    """Return the built pipeline; its outputs are an image and its sample's `.json`, uint8 [num_bytes] on the CPU.
+
+    The image is uint8 [side, side, 1]: the radiograph scaled to `resized_size_px`; with `augment` a randomly placed,
+    flipped and turned square of `crop_size_px` of it, as the reader's seed and rank say.
+    """
+    pipeline = _labelled_graph(
+        reader,
+        view,
+        augment,
+        batch_size=batch_size,
+        num_threads=num_threads,
+        device_id=device_id,
+        seed=_seed_of(reader),
+        prefetch_queue_depth=2,
+    )
+    pipeline.build()
+    return pipeline
+
+
+def _seed_of(reader: ReaderSpec) -> int:
+    return (reader.seed * 1_000_003 + reader.rank * 7919 + 1) % 2**31  # DALI's seed is one 31-bit number
+
+
+@pipeline_def
+def _labelled_graph(reader: ReaderSpec, view: LabelledViewSpec, augment: bool) -> tuple[DataNode, DataNode]:
+    encoded, meta = read(reader, EXTENSIONS[reader.store], "json")
+    image, _ = decode(encoded, reader, on_gpu=Pipeline.current().device_id is not None)
+    size_px = [view.resized_size_px, view.resized_size_px]
+    image = fn.resize(image, size=size_px, interp_type=types.INTERP_LINEAR, antialias=True)
+    return _turned_crop(image, view) if augment else image, meta
+
+
 @pipeline_def
 def _graph(
     reader: ReaderSpec, view: ViewSpec, distortion: DistortionSpec | None, target: str
 ) -> tuple[DataNode, DataNode, DataNode]:
     pipeline = Pipeline.current()
-    image, image_shape = read(reader, on_gpu=pipeline.device_id is not None)
+    (encoded,) = read(reader, EXTENSIONS[reader.store])
+    image, image_shape = decode(encoded, reader, on_gpu=pipeline.device_id is not None)
     query, query_is_flipped = _crop(image, image_shape, view)
     restore = query if target == "aligned" else fn.flip(query, horizontal=fn.cast(query_is_flipped, dtype=types.INT32))
     key, _ = _crop(image, image_shape, view)
@@ -91,24 +135,29 @@ def _graph(
     return query, key, restore
 
 
-def read(reader: ReaderSpec, *, on_gpu: bool) -> tuple[DataNode, DataNode]:
-    """Return the decoded images, uint8 HWC with one channel, and their shapes (CPU, int64 [3])."""
+def read(reader: ReaderSpec, *extensions: str) -> list[DataNode]:
+    """Return a sample's files of these extensions as they are stored, uint8 [num_bytes] on the CPU."""
     shuffling = (
         # The order of the tars must be the same for all ranks, so it can't follow from the rank's own seed.
         {"random_shuffle": True, "shuffle_after_epoch": True, "shuffle_after_epoch_seed": reader.seed % 2**31}
         if reader.shuffle
         else {}
     )
-    encoded = fn.readers.webdataset(
+    files = fn.readers.webdataset(
         paths=list(reader.tar_paths),
         index_paths=list(reader.index_paths),
-        ext=[EXTENSIONS[reader.store]],
+        ext=list(extensions),
         missing_component_behavior="error",
         initial_fill=reader.shuffle_buffer_samples,
         shard_id=reader.rank,
         num_shards=reader.world_size,
         **shuffling,
     )
+    return list(files) if len(extensions) > 1 else [files]
+
+
+def decode(encoded: DataNode, reader: ReaderSpec, *, on_gpu: bool) -> tuple[DataNode, DataNode]:
+    """Return the decoded images, uint8 HWC with one channel, and their shapes (CPU, int64 [3])."""
     if reader.store == "raw":
         shape = [reader.size_px, reader.size_px, 1]
         pixels = encoded.gpu() if on_gpu else encoded
@@ -169,6 +218,27 @@ def _transpose(plane: DataNode) -> DataNode:
     """[H, W] to [W, H, 1]."""
     transposed = fn.transpose(plane, perm=[1, 0], transpose_layout=False)
     return fn.expand_dims(transposed, axes=[2], new_axis_names="C")
+
+
+def _turned_crop(image: DataNode, view: LabelledViewSpec) -> DataNode:
+    """Crop, flip and rotation about the crop's centre in one resampling; black where the crop leaves the radiograph."""
+    centre = view.crop_size_px / 2
+    places = [float(px) for px in range(view.resized_size_px - view.crop_size_px + 1)]
+    mirror = fn.random.coin_flip(probability=view.flip_probability, dtype=types.BOOL)
+    angle = view.max_rotation_deg * fn.random.uniform(range=[-1.0, 1.0])
+    from_crop_to_image = fn.transforms.combine(  # the first is applied first
+        fn.transforms.translation(offset=[-centre, -centre]),
+        fn.transforms.scale(scale=fn.stack(1.0 - 2.0 * fn.cast(mirror, dtype=types.FLOAT), 1.0)),
+        fn.transforms.rotation(angle=angle),
+        fn.transforms.translation(offset=centre + fn.random.uniform(values=places, shape=[2])),
+    )
+    return fn.warp_affine(
+        image,
+        matrix=from_crop_to_image,
+        size=[view.crop_size_px, view.crop_size_px],
+        interp_type=types.INTERP_LINEAR,
+        fill_value=0,
+    )
 
 
 def _jitter(image: DataNode, view: ViewSpec) -> DataNode:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from nvidia.dali.backend import TensorListCPU, TensorListGPU
 from nvidia.dali.pipeline import Pipeline
 from nvidia.dali.plugin.pytorch import feed_ndarray
 
@@ -40,12 +41,7 @@ class LoaderSpec:
     ) -> Pipeline:
         """Build the graph that reads this rank's share of `split`; raise UserError where the sets don't go together."""
         first = self.shard_sets[0]
-        for other in self.shard_sets[1:]:
-            if (other.store, other.size_px) != (first.store, first.size_px):
-                raise UserError(
-                    f"{other.path} is packed as {other.store} at {other.size_px} px and {first.path} as {first.store} "
-                    f"at {first.size_px} px: sets that are read together need the same --store and --size"
-                )
+        refuse_other_stores(self.shard_sets)
         splits = [shard_set.split(split) for shard_set in self.shard_sets]
         reader = ReaderSpec(
             tar_paths=tuple(path for part in splits for path in part.tar_paths),
@@ -58,7 +54,7 @@ class LoaderSpec:
             shuffle=shuffle,
             shuffle_buffer_samples=min(1024, self.num_samples(split)),
         )
-        with _reading(self):
+        with reading_from(self.shard_sets):
             return build_graph(
                 reader,
                 self.view,
@@ -137,10 +133,7 @@ class ValidationLoader:
         total = spec.num_samples(split)
         num_readers = min(spec.world_size, total)  # DALI has no empty readers
         self._spec = replace(spec, world_size=num_readers)
-        # This is how DALI deals samples out to its readers.
-        self.num_samples = total * (spec.rank + 1) // num_readers - total * spec.rank // num_readers
-        if spec.rank >= num_readers:
-            self.num_samples = 0
+        self.num_samples = num_samples_of(spec.rank, num_readers, total)
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield this rank's share; its last batch may be smaller than the others."""
@@ -154,26 +147,45 @@ class ValidationLoader:
 
 
 def _next_batch(pipeline: Pipeline, num_samples: int, spec: LoaderSpec) -> Batch:
-    """Run the graph and copy what it gives, for DALI writes over its buffers in the next run."""
-    stream = torch.cuda.current_stream(spec.device) if spec.device.type == "cuda" else None
-    with _reading(spec):
+    with reading_from(spec.shard_sets):
         outputs = pipeline.run()
-    images = []
-    for output in outputs:
-        dali_tensor = output.as_tensor()
-        tensor = torch.empty(dali_tensor.shape(), dtype=torch.uint8, device=spec.device)  # [B, H, W, 1]
-        feed_ndarray(dali_tensor, tensor, cuda_stream=stream)
-        images.append(tensor[:num_samples].squeeze(3).unsqueeze(1))
-    return Batch(*images)
+    return Batch(*(copy_images(output, spec.device)[:num_samples] for output in outputs))
+
+
+def copy_images(output: TensorListCPU | TensorListGPU, device: torch.device) -> torch.Tensor:
+    """Copy what a graph gives, for DALI writes over its buffers in the next run: uint8 [B, 1, H, W] on the device."""
+    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+    dali_tensor = output.as_tensor()
+    images = torch.empty(dali_tensor.shape(), dtype=torch.uint8, device=device)  # [B, H, W, 1]
+    feed_ndarray(dali_tensor, images, cuda_stream=stream)
+    return images.squeeze(3).unsqueeze(1)
+
+
+def num_samples_of(rank: int, num_readers: int, num_samples: int) -> int:
+    """How many samples of one pass DALI deals out to a rank; none where there are fewer readers than ranks."""
+    if rank >= num_readers:
+        return 0
+    return num_samples * (rank + 1) // num_readers - num_samples * rank // num_readers
+
+
+def refuse_other_stores(shard_sets: tuple[ShardSet, ...]) -> None:
+    """Raise UserError where the sets can't be read together."""
+    first = shard_sets[0]
+    for other in shard_sets[1:]:
+        if (other.store, other.size_px) != (first.store, first.size_px):
+            raise UserError(
+                f"{other.path} is packed as {other.store} at {other.size_px} px and {first.path} as {first.store} "
+                f"at {first.size_px} px: sets that are read together need the same --store and --size"
+            )
 
 
 @contextmanager
-def _reading(spec: LoaderSpec) -> Iterator[None]:
+def reading_from(shard_sets: tuple[ShardSet, ...]) -> Iterator[None]:
     """Raise what keeps DALI from sets on object storage as a UserError: a network's failures are no bugs."""
     try:
         yield
     except RuntimeError as error:
-        remote = [shard_set.path for shard_set in spec.shard_sets if "://" in shard_set.path]
+        remote = [shard_set.path for shard_set in shard_sets if "://" in shard_set.path]
         if not remote:
             raise
         reason = str(error).rpartition("encountered:")[2].replace("Current pipeline object is no longer valid.", "")

@@ -36,6 +36,17 @@ class ViewSpec:
 
 
 @dataclass(frozen=True)
+class LabelledViewSpec:
+    """How a labelled radiograph is shown to a classifier: scaled to a square, then, in training, cropped and turned."""
+
+    resized_size_px: int = 256
+    crop_size_px: int = 224
+    """Side of a training view; evaluation gets the whole square and crops it as it needs."""
+    flip_probability: float = 0.5
+    max_rotation_deg: float = 7.0
+
+
+@dataclass(frozen=True)
 class DistortionSpec:
     """How a view is damaged for the network to restore. Lengths are for a 224 px view and scale with its size.
 

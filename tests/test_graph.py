@@ -15,9 +15,9 @@ from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as tv
 
 from pipeline.distortion import Rectangles, draw_rectangles
-from pipeline.graph import NO_BLUR_SIGMA_PX, ReaderSpec, build_graph
+from pipeline.graph import NO_BLUR_SIGMA_PX, ReaderSpec, build_graph, build_labelled_graph
 from pipeline.packing import EXTENSIONS, Store
-from pipeline.spec import DistortionSpec, ViewSpec
+from pipeline.spec import DistortionSpec, LabelledViewSpec, ViewSpec
 
 DEVICES = [None, *range(min(1, torch.cuda.device_count()))]
 SIZE_PX = 256
@@ -372,6 +372,23 @@ def test_a_graph_for_a_gpu_breaks_no_rule_of_placement(tmp_path: Path) -> None:
                 ViewSpec(),
                 DistortionSpec(),
                 target="unflipped",
+                batch_size=2,
+                device_id=0,
+                num_threads=1,
+            )
+
+
+@pytest.mark.parametrize("augment", [False, True])
+def test_a_labelled_graph_for_a_gpu_breaks_no_rule_of_placement(tmp_path: Path, augment: bool) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("tests of the labelled loaders run on the GPU")
+    reader = write_tar(tmp_path, [texture(0, 255)], "raw")
+    for store in EXTENSIONS:
+        with pytest.raises(RuntimeError, match="CUDA is not available"):
+            build_labelled_graph(
+                replace(reader, store=store),
+                LabelledViewSpec(),
+                augment=augment,
                 batch_size=2,
                 device_id=0,
                 num_threads=1,
