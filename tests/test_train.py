@@ -13,6 +13,8 @@ from pipeline.spec import Batch
 from rundir import RunLog, lock
 from settings import Settings
 from tests.commands import run_command
+from training.saving import Keeper
+from training.stopping import StopRequest
 
 CPU = torch.device("cpu")
 
@@ -46,6 +48,11 @@ def options(settings: Settings) -> list[str]:
         for text in ("--" + name.replace("_", "-"), str(value))
     ]
     return [*shards, *flags]
+
+
+def keeper_of(run: train.Run) -> Keeper:
+    """Return what a run asks whether to stop: no."""
+    return Keeper(run, StopRequest())
 
 
 def last_checkpoint(run_dir: Path) -> dict[str, Any]:
@@ -136,10 +143,10 @@ def test_validation_changes_no_tensor_and_sees_the_same_images_each_time(shard_f
     for batch, _ in zip(run.loader, range(2), strict=False):
         train.train_step(run, batch)
     before = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
-    first, _ = train.validate(run)
+    first, _ = train.validate(run, keeper_of(run))
     assert_same(dict(run.model.state_dict()), before)
     assert run.model.training
-    second, _ = train.validate(run)
+    second, _ = train.validate(run, keeper_of(run))
     assert first == second
 
 
@@ -147,9 +154,9 @@ def test_validation_is_the_mean_over_samples_whatever_the_batch(shard_folder: Pa
     run = train.build(small(shard_folder, tmp_path), CPU)
     (batch,) = run.val_loader
     run.val_loader = [Batch(*(images[i : i + 1] for images in batch)) for i in range(len(batch.query))]
-    one_by_one, _ = train.validate(run)
+    one_by_one, _ = train.validate(run, keeper_of(run))
     run.val_loader = [batch]
-    at_once, _ = train.validate(run)
+    at_once, _ = train.validate(run, keeper_of(run))
     assert one_by_one == pytest.approx(at_once, rel=1e-5)
     assert tuple(at_once) == train.TERMS["dira"]
 
@@ -218,7 +225,7 @@ def test_a_diverged_run_names_the_term_and_leaves_the_last_good_checkpoint(shard
         run.model.query.decoder.blocks[0].conv1[0].weight.fill_(float("nan"))
     log = RunLog(tmp_path, first_step=run.step, num_steps=run.num_steps, is_main=True)
     with pytest.raises(UserError, match=r"by step 4: total, mse, adversarial.* not finite; .*last\.pt is from before"):
-        train.train(run, meter, log)
+        train.train(run, meter, log, keeper_of(run))
     assert last.read_bytes() == good
 
 
