@@ -44,7 +44,7 @@ def exits_on_user_error(main: Callable[[], None]) -> Callable[[], None]:
 
 
 def say_last_words(label: str, text: str) -> None:
-    """Print the one line that a command ends with on stderr; of several ranks, those after the first say who they are."""
+    """Print the one line that a command ends with on stderr; ranks after the first say who they are."""
     rank = os.environ.get("RANK", "0")
     who = label if rank == "0" else f"{label} on rank {rank}"
     print(f"{who}: {' '.join(text.split())}", file=sys.stderr, flush=True)

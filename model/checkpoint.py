@@ -186,6 +186,7 @@ def link(path: Path, other: Path) -> None:
     temporary.unlink(missing_ok=True)
     os.link(path, temporary)
     temporary.replace(other)
+    temporary.unlink(missing_ok=True)  # renaming does nothing where both are one file already
 
 
 def _save(state: dict[str, Any], file: BinaryIO) -> None:

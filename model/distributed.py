@@ -13,10 +13,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from model import rendezvous
+
 _T = TypeVar("_T")
 
 _control: dist.ProcessGroup | None = None
 """All ranks over gloo, whatever the tensors go over: what the hosts tell one another waits for no device."""
+_start = ""
+"""What tells this start of the ranks from earlier ones in the same store."""
 
 TIMEOUT_S = 1800.0
 """How long ranks wait for one another: longer than rank 0 may need to write exports on a slow disk."""
@@ -29,14 +33,24 @@ def init_from_environment(device: torch.device, timeout_s: float = TIMEOUT_S) ->
     `timeout_s` a `watchdog.Watchdog` names the rank that is waited for; the collectives themselves, which can't, give
     up a minute later.
     """
-    global _control  # noqa: PLW0603 - like torch's default group it belongs to the process
+    global _control, _start  # noqa: PLW0603 - like torch's default group they belong to the process
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(device)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        backend = "nccl" if on_gpu else "gloo"
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if ranks > 1:
         timeout = timedelta(seconds=timeout_s + 60)
-        dist.init_process_group(backend, timeout=timeout, device_id=device if on_gpu else None)
+        here = int(os.environ["RANK"])
+        store = rendezvous.connect(timeout)
+        _start = rendezvous.agree_on_start(store, here, ranks, timeout)
+        dist.init_process_group(
+            "nccl" if on_gpu else "gloo",
+            store=dist.PrefixStore(_start, store),
+            rank=here,
+            world_size=ranks,
+            timeout=timeout,
+            device_id=device if on_gpu else None,
+        )
         _control = dist.new_group(backend="gloo", timeout=timeout)
 
 
@@ -46,6 +60,11 @@ def shutdown() -> None:
     if dist.is_initialized():
         _control = None
         dist.destroy_process_group()
+
+
+def open_store(timeout_s: float) -> dist.Store:
+    """A connection of one's own to the ranks' common store, for a thread to use."""
+    return dist.PrefixStore(_start, rendezvous.connect(timedelta(seconds=timeout_s)))
 
 
 def rank() -> int:

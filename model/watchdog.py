@@ -4,7 +4,6 @@ import os
 import threading
 import time
 from collections.abc import Sequence
-from datetime import timedelta
 from typing import NamedTuple, Self
 
 import torch.distributed as dist
@@ -68,14 +67,7 @@ class Watchdog:
 
     def __enter__(self) -> Self:
         if distributed.world_size() > 1:
-            store = dist.TCPStore(
-                os.environ["MASTER_ADDR"],
-                int(os.environ["MASTER_PORT"]),
-                is_master=False,
-                timeout=timedelta(seconds=self._timeout_s),
-            )
-            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-            self._store = dist.PrefixStore(f"watchdog/{attempt}", store)
+            self._store = dist.PrefixStore("watchdog", distributed.open_store(self._timeout_s))
             self._tell(0)
             distributed.barrier()
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)

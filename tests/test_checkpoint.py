@@ -90,6 +90,7 @@ def test_the_one_before_is_kept_and_a_linked_one_keeps_its_content(tmp_path: Pat
         save_checkpoint(last, {"step": step}, previous)
         if step == 2:
             link(last, best)
+            link(last, best)
     steps = {path.name: load_checkpoint(path, CPU)["step"] for path in tmp_path.iterdir()}
     assert steps == {"last.pt": 3, "previous.pt": 2, "best.pt": 2}
 

@@ -153,6 +153,8 @@ def begin(run: Run) -> Meter:
 def find_checkpoint(run: Run) -> Found | UserError:
     """Find what the settings ask to go on from; a damaged last.pt is put aside for the one before."""
     resume, folder = run.settings.resume, run.checkpoints
+    for partial in folder.glob("*.tmp"):
+        partial.unlink()  # of a run that was killed
     last, previous, damaged = folder / "last.pt", folder / "previous.pt", folder / "damaged.pt"
     if resume not in {"auto", "never"}:
         return Found(Path(resume))
