@@ -17,6 +17,7 @@ EXTENSIONS: dict[Store, str] = {"raw": "raw", "jpeg": "jpg", "png": "png"}
 
 _MIN_SIDE_PX = 32
 _MAX_PIXELS = 2**26  # 8192 x 8192; guards against decompression bombs
+_MAX_SCANS = 100  # of a progressive JPEG; ten are usual
 _BLOCK = 512  # of a tar, bytes
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_CHUNK = struct.Struct(">I4s")  # length, kind
@@ -94,7 +95,10 @@ def _checked_png(data: bytes) -> tuple[bytes, bool]:
 
 
 def _check_jpeg(data: bytes) -> None:
-    """Walk the segments up to the scan, which must be followed by an end marker."""
+    """Walk the segments up to the scan, which must be followed by an end marker.
+
+    A progressive file may have any number of scans, each of which makes the decoder go over all the pixels.
+    """
     position = 2
     has_size = False
     while True:
@@ -117,6 +121,8 @@ def _check_jpeg(data: bytes) -> None:
         raise Unusable("damaged: no JPEG frame header")
     if data.rfind(b"\xff\xd9") < position:
         raise Unusable(f"cut short: no JPEG end in its {len(data)} bytes")
+    if (num_scans := data.count(b"\xff\xda", position)) > _MAX_SCANS:
+        raise Unusable(f"{num_scans} scans in one JPEG")
 
 
 def _check_size(width_px: int, height_px: int) -> None:

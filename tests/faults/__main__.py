@@ -2,7 +2,7 @@
 
     python -m tests.faults kill-training --count 100
     python -m tests.faults rank-death --count 20 --seed 1
-    python -m tests.faults all-of-readme    # every row of the README's table
+    python -m tests.faults hostile-images --count 20000 --work /tmp/faults
 
 The last line of standard output is JSON: faults tried, survived and lost. Exit status 1 if anything was lost.
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from tests.faults import training
+from tests.faults import hostile, packing, training
 
 FAULTS = {
     "kill-training": training.kill_training,
@@ -24,6 +24,8 @@ FAULTS = {
     "stop-signals": training.stop_signals,
     "disk-full": training.disk_full,
     "hung-rank": training.hung_rank,
+    "kill-packing": packing.kill_packing,
+    "hostile-images": hostile.hostile_images,
 }
 
 

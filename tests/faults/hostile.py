@@ -127,10 +127,10 @@ def look_into(out: Path) -> tuple[set[str], dict[str, str]]:
 
 def dali_problems(out: Path, what: str) -> list[str]:
     """Run every packed image through the training graph."""
-    import torch  # noqa: PLC0415 - archives need neither
+    import torch
 
-    from pipeline.loader import LoaderSpec, ValidationLoader  # noqa: PLC0415
-    from pipeline.spec import ViewSpec  # noqa: PLC0415
+    from pipeline.loader import LoaderSpec, ValidationLoader
+    from pipeline.spec import ViewSpec
 
     view = ViewSpec(crop_size_px=32)
     loader = ValidationLoader(

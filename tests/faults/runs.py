@@ -213,9 +213,9 @@ def difference(ours: object, theirs: object, where: str = "") -> str:
 
 
 def run_difference(run_dir: Path, other: Path) -> str:
-    """What differs between two finished runs: weights, optimizers, queue, place in the data, metrics, exports, files."""
-    if run_difference := difference(read_lines(run_dir), read_lines(other), "metrics.jsonl"):
-        return run_difference
+    """What differs between finished runs: weights, optimizers, queue, place in the data, metrics, exports, files."""
+    if found := difference(read_lines(run_dir), read_lines(other), "metrics.jsonl"):
+        return found
     names = [{str(p.relative_to(d)) for p in d.rglob("*") if p.is_file()} for d in (run_dir, other)]
     stray = {name for name in names[0] ^ names[1] if not name.startswith("tensorboard/")}
     if stray:

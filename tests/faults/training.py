@@ -72,7 +72,7 @@ def rank_death(count: int, seed: int, work: Path) -> Tally:
 
 
 def stop_signals(count: int, seed: int, work: Path) -> Tally:
-    """Ask runs to stop at random moments; they have to say that they can go on, soon, and then go on to the same end."""
+    """Ask runs to stop at random moments: soon they have to say that they can go on, and then end as they would have."""
     tally, slowest_s, number = Tally("stop-signals"), 0.0, 0
     while tally.tried < count:
         rng, config = random.Random(f"{seed} {number}"), CONFIGS[number % len(CONFIGS)]
@@ -158,7 +158,7 @@ def hung_rank(count: int, seed: int, work: Path) -> Tally:
         whole, run_dir = reference(work, config), new_folder(work / f"hung-{config.name}")
         command, problem = train_command(make_shards(work), run_dir, config, "--timeout-s", 6), ""
         with running(command, work) as process:
-            begun = wait_for(lambda: (run_dir / "metrics.jsonl").exists(), process)  # noqa: B023 - called at once
+            begun = wait_for((run_dir / "metrics.jsonl").exists, process)
             time.sleep(rng.uniform(0.5, 2))
             workers = process.workers()
             if begun and len(workers) == config.ranks:
@@ -184,7 +184,7 @@ def judge(tally: Tally, what: str, problem: str) -> None:
 
 
 def kill_one(process: psutil.Process) -> None:
-    """kill -9, if it still lives."""
+    """Kill -9, if it still lives."""
     try:
         process.kill()
     except psutil.NoSuchProcess:
