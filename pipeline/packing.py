@@ -18,7 +18,7 @@ EXTENSIONS: dict[Store, str] = {"raw": "raw", "jpeg": "jpg", "png": "png"}
 _MIN_SIDE_PX = 32
 _MAX_PIXELS = 2**26  # 8192 x 8192; guards against decompression bombs
 _MAX_SCANS = 100  # of a progressive JPEG; ten are usual
-_BLOCK = 512  # of a tar, bytes
+TAR_BLOCK = 512  # bytes
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_CHUNK = struct.Struct(">I4s")  # length, kind
 
@@ -254,10 +254,15 @@ def sample_block(key: str, extension: str, image: bytes, meta: bytes) -> tuple[b
     """A sample's two files as they stand in a tar (ustar), and the offsets of their contents in there."""
     files = []
     for name, data in ((f"{key}.{extension}", image), (f"{key}.json", meta)):
-        info = tarfile.TarInfo(name)  # time, owner and group are 0
-        info.size = len(data)
-        files += [info.tobuf(tarfile.USTAR_FORMAT, "utf-8"), data, bytes(-len(data) % _BLOCK)]
-    return b"".join(files), _BLOCK, sum(map(len, files[:3])) + _BLOCK
+        files += [tar_header(name, len(data)), data, bytes(-len(data) % TAR_BLOCK)]
+    return b"".join(files), TAR_BLOCK, sum(map(len, files[:3])) + TAR_BLOCK
+
+
+def tar_header(name: str, num_bytes: int) -> bytes:
+    """What precedes a file's content in a tar (ustar)."""
+    info = tarfile.TarInfo(name)  # time, owner and group are 0
+    info.size = num_bytes
+    return info.tobuf(tarfile.USTAR_FORMAT, "utf-8")
 
 
 class ShardWriter:
@@ -267,7 +272,7 @@ class ShardWriter:
     `index_sha256` describe it.
     """
 
-    END = bytes(2 * _BLOCK)
+    END = bytes(2 * TAR_BLOCK)
 
     def __init__(self, path: Path) -> None:
         """`path` without an ending."""

@@ -72,7 +72,7 @@ def rank_death(count: int, seed: int, work: Path) -> Tally:
 
 
 def stop_signals(count: int, seed: int, work: Path) -> Tally:
-    """Ask runs to stop at random moments: soon they have to say that they can go on, and then end as they would have."""
+    """Ask runs to stop at random moments: they have to say soon that they can go on, and end as they would have."""
     tally, slowest_s, number = Tally("stop-signals"), 0.0, 0
     while tally.tried < count:
         rng, config = random.Random(f"{seed} {number}"), CONFIGS[number % len(CONFIGS)]
