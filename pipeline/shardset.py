@@ -89,11 +89,10 @@ class ShardSet:
         """
         shard_set = cls.with_manifest(path)
         of_shards = {n: p for n, p in shard_set.find_file_problems().items() if n.endswith((".tar", ".idx"))}
-        indexed = [shard for shard in shard_set.shards if shard.index not in of_shards]
+        indexed = [shard for shard in shard_set.shards if not {shard.index, shard.tar} & of_shards.keys()]
         with ThreadPoolExecutor(NUM_READERS) as pool:
-            of_shards |= {
-                name: problem for found in pool.map(shard_set.find_index_problem, indexed) for name, problem in found
-            }
+            for problems in pool.map(shard_set.find_index_problem, indexed):
+                of_shards |= problems
         if of_shards:
             more = f" (and {len(of_shards) - 1} more)" if len(of_shards) > 1 else ""
             raise UserError(f"{next(iter(of_shards.values()))}{more}; run shard_cxr14.py verify {path}, or pack again")
