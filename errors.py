@@ -1,5 +1,6 @@
 """The errors that are the user's to mend, and how a command ends on them."""
 
+import contextlib
 import functools
 import os
 import sys
@@ -47,4 +48,5 @@ def say_last_words(label: str, text: str) -> None:
     """Print the one line that a command ends with on stderr; ranks after the first say who they are."""
     rank = os.environ.get("RANK", "0")
     who = label if rank == "0" else f"{label} on rank {rank}"
-    print(f"{who}: {' '.join(text.split())}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # stderr may lie on the disk that is full
+        print(f"{who}: {' '.join(text.split())}", file=sys.stderr, flush=True)

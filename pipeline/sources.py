@@ -143,13 +143,14 @@ class _StrictTarInfo(tarfile.TarInfo):
     @classmethod
     def fromtarfile(cls, tarfile_: tarfile.TarFile) -> tarfile.TarInfo:
         try:
-            return super().fromtarfile(tarfile_)
+            member = super().fromtarfile(tarfile_)
         except (tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError, tarfile.EmptyHeaderError) as error:
             raise tarfile.SubsequentHeaderError(str(error)) from None
+        if member.size < 0:
+            raise tarfile.SubsequentHeaderError(f"a member of {member.size} bytes")
+        return member
 
     def _proc_member(self, tarfile_: tarfile.TarFile) -> tarfile.TarInfo:
-        if self.size < 0:
-            raise tarfile.SubsequentHeaderError(f"a member of {self.size} bytes")
         is_header = self.type in _HEADER_TYPES
         tarfile_.num_headers = getattr(tarfile_, "num_headers", 0) + 1 if is_header else 0
         if is_header and (self.size > _MAX_HEADER_BYTES or tarfile_.num_headers > _MAX_HEADERS):
@@ -196,8 +197,11 @@ def is_compressed(archive: Path) -> bool:
 
 
 def open_archive(path: Path) -> tarfile.TarFile:
-    """Open a tar for reading: anywhere if it is plain, from its beginning to its end if it is compressed."""
-    return tarfile.open(path, "r|gz" if is_compressed(path) else "r:", tarinfo=_StrictTarInfo)
+    """Open a tar for reading: anywhere if it is plain, from its beginning to its end if it is compressed.
+
+    Not in tarfile's stream mode ("r|gz"): it goes where a member's size leads, even far behind the file's end.
+    """
+    return tarfile.open(path, "r:gz" if is_compressed(path) else "r:", tarinfo=_StrictTarInfo)
 
 
 def member_path(member: tarfile.TarInfo) -> str:

@@ -23,16 +23,16 @@ def kill_packing(count: int, seed: int, work: Path) -> Tally:
     while tally.tried < count:
         source, rng = SOURCES[number % len(SOURCES)], random.Random(f"{seed} {number}")
         whole, out = work / f"whole-{source}", new_folder(work / f"packed-{source}")
-        if not (whole / "manifest.json").exists() and (problem := finish(pack_command(sources[source], whole), work)):
+        if not (whole / "manifest.json").exists() and (problem := finish(pack_command(sources[source], whole))):
             raise RuntimeError(f"the reference pack of {source}: {problem}")
         for _ in range(min(KILLS_A_PACK, count - tally.tried)):
-            with running(pack_command(sources[source], out), work) as process:
+            with running(pack_command(sources[source], out)) as process:
                 time.sleep(rng.uniform(0.2, 2.5))
                 is_alive = process.popen.poll() is None
                 process.kill()
             if is_alive:
                 tally.count(f"{source}, {stage(out)}")
-        problem = finish(pack_command(sources[source], out), work)
+        problem = finish(pack_command(sources[source], out))
         judge(tally, f"pack {number} ({source})", problem or tree_difference(out, whole))
         number += 1
     return tally

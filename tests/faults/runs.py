@@ -4,11 +4,11 @@ import json
 import random
 import subprocess
 import sys
-import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,7 +66,7 @@ class Process:
     """A command that runs."""
 
     popen: subprocess.Popen[bytes]
-    stderr: Path
+    _words: list[bytes] = field(default_factory=list)
 
     def descendants(self) -> list[psutil.Process]:
         """It and all that it has started, the oldest first."""
@@ -107,24 +107,32 @@ class Process:
 
     def words(self) -> str:
         """What it has said on stderr."""
-        return self.stderr.read_text(errors="replace")
+        return b"".join(self._words).decode(errors="replace")
+
+    def listen(self) -> None:
+        """Take down what it says, to its end."""
+        assert self.popen.stderr is not None
+        for line in self.popen.stderr:
+            self._words.append(line)
 
 
 @contextmanager
-def running(command: list[str], work: Path) -> Iterator[Process]:
+def running(command: list[str]) -> Iterator[Process]:
     """Start a command; whatever is left of it afterwards is killed."""
-    with tempfile.NamedTemporaryFile(dir=work, prefix="stderr-") as stderr:
-        popen = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=stderr)
-        process = Process(popen, Path(stderr.name))
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as popen:
+        process = Process(popen)
+        listener = threading.Thread(target=process.listen, daemon=True)
+        listener.start()
         try:
             yield process
         finally:
             process.kill()
+            listener.join()
 
 
-def finish(command: list[str], work: Path) -> str:
+def finish(command: list[str]) -> str:
     """Run a command to its end; return what is wrong with that, or nothing."""
-    with running(command, work) as process:
+    with running(command) as process:
         status = process.wait()
         return "" if status == 0 else f"the last command ended with {status}: {process.words()[-500:]}"
 
@@ -133,7 +141,7 @@ def reference(work: Path, config: Config) -> Path:
     """The run folder of a run that nothing happens to; made once."""
     run_dir = work / "reference" / config.name
     if not (run_dir / "export").exists():
-        problem = finish(train_command(make_shards(work), run_dir, config), work)
+        problem = finish(train_command(make_shards(work), run_dir, config))
         if problem:
             raise RuntimeError(f"the reference run {config.name}: {problem}")
     return run_dir

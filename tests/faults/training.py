@@ -39,12 +39,12 @@ def kill_training(count: int, seed: int, work: Path) -> Tally:
         whole, run_dir = reference(work, config), new_folder(work / f"killed-{config.name}")
         command = train_command(make_shards(work), run_dir, config)
         for _ in range(min(KILLS_A_RUN, count - tally.tried)):
-            with running(command, work) as process:
+            with running(command) as process:
                 moment = wait_for_moment(rng, run_dir, process)
                 process.kill()
             if moment:
                 tally.count(moment)
-        judge(tally, f"run {number} ({config.name})", finish(command, work) or run_difference(run_dir, whole))
+        judge(tally, f"run {number} ({config.name})", finish(command) or run_difference(run_dir, whole))
         number += 1
     return tally
 
@@ -56,7 +56,7 @@ def rank_death(count: int, seed: int, work: Path) -> Tally:
         rng, config = random.Random(f"{seed} {number}"), CONFIGS[3 + number % 3]
         whole, run_dir = reference(work, config), new_folder(work / f"death-{config.name}")
         num_deaths = min(2, count - tally.tried)
-        with running(train_command(make_shards(work), run_dir, config, max_restarts=3), work) as process:
+        with running(train_command(make_shards(work), run_dir, config, max_restarts=3)) as process:
             for _ in range(num_deaths):
                 moment = wait_for_moment(rng, run_dir, process)
                 workers = process.workers()
@@ -79,7 +79,7 @@ def stop_signals(count: int, seed: int, work: Path) -> Tally:
         whole, run_dir = reference(work, config), new_folder(work / f"stopped-{config.name}")
         command = train_command(make_shards(work), run_dir, config)
         number_sent, problem = rng.choice((signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)), ""
-        with running(command, work) as process:
+        with running(command) as process:
             moment = wait_for_moment(rng, run_dir, process)
             if moment and moment != "start":  # before its imports are done, Python ends on any signal, losing nothing
                 sent_at = time.monotonic()
@@ -88,9 +88,7 @@ def stop_signals(count: int, seed: int, work: Path) -> Tally:
                 slowest_s = max(slowest_s, time.monotonic() - sent_at)
                 problem = stop_problem(process, config, status, run_dir, time.monotonic() - sent_at)
                 tally.count(f"{number_sent.name}, {moment}")
-        judge(
-            tally, f"run {number} ({config.name})", problem or finish(command, work) or run_difference(run_dir, whole)
-        )
+        judge(tally, f"run {number} ({config.name})", problem or finish(command) or run_difference(run_dir, whole))
         number += 1
     tally.figures["slowest_exit_s"] = round(slowest_s, 1)
     return tally
@@ -126,16 +124,14 @@ def disk_full(count: int, seed: int, work: Path) -> Tally:
         rng, config = random.Random(f"{seed} {number}"), CONFIGS[number % len(CONFIGS)]
         whole, run_dir = reference(work, config), new_folder(work / f"full-{config.name}")
         command, limit_bytes, problem = train_command(make_shards(work), run_dir, config), rng.choice((0, 2**20)), ""
-        with running(command, work) as process:
+        with running(command) as process:
             moment = wait_for_moment(rng, run_dir, process)
             for worker in process.workers() if moment else []:
                 resource.prlimit(worker.pid, resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes))
             if moment:
                 tally.count(f"{limit_bytes} bytes, {moment}")
                 problem = full_problem(process, config, run_dir)
-        judge(
-            tally, f"run {number} ({config.name})", problem or finish(command, work) or run_difference(run_dir, whole)
-        )
+        judge(tally, f"run {number} ({config.name})", problem or finish(command) or run_difference(run_dir, whole))
         number += 1
     return tally
 
@@ -147,6 +143,8 @@ def full_problem(process: Process, config: Config, run_dir: Path) -> str:
         return ""  # all was written by then
     if config.ranks == 1 and status != UNFINISHED:
         return f"ended with {status}: {words[-500:]}"
+    if "not finished: " not in words or "File too large" not in words:
+        return f"did not say what is wrong: {words[-500:]}"
     return "" if not last.exists() or is_whole(last) else "last.pt is damaged"
 
 
@@ -157,7 +155,7 @@ def hung_rank(count: int, seed: int, work: Path) -> Tally:
         rng, config = random.Random(f"{seed} {number}"), CONFIGS[3 + number % 3]
         whole, run_dir = reference(work, config), new_folder(work / f"hung-{config.name}")
         command, problem = train_command(make_shards(work), run_dir, config, "--timeout-s", 6), ""
-        with running(command, work) as process:
+        with running(command) as process:
             begun = wait_for((run_dir / "metrics.jsonl").exists, process)
             time.sleep(rng.uniform(0.5, 2))
             workers = process.workers()
@@ -169,9 +167,7 @@ def hung_rank(count: int, seed: int, work: Path) -> Tally:
                 if not wait_for(lambda: named in process.words(), process, 60):  # noqa: B023
                     problem = f"{named!r} was not said: {process.words()[-500:]}"
         command = train_command(make_shards(work), run_dir, config)
-        judge(
-            tally, f"run {number} ({config.name})", problem or finish(command, work) or run_difference(run_dir, whole)
-        )
+        judge(tally, f"run {number} ({config.name})", problem or finish(command) or run_difference(run_dir, whole))
         number += 1
     return tally
 
