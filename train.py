@@ -29,6 +29,7 @@ from model.optim import learning_rate
 from model.unet import to_unit_range
 from rundir import RunLog, check_config, lock, write_config, writing
 from settings import Settings
+from training.loss_scale import SkippedSteps
 from training.run import TERMS, Meter, Run, build, say
 from training.saving import Keeper, begin, export_best
 from training.step import stack_terms, train_step
@@ -40,6 +41,7 @@ NUM_RECONSTRUCTIONS = 8
 def train(run: Run, meter: Meter, log: RunLog, keeper: Keeper) -> None:
     """Go from where `run` is to its end: one loop for every mode."""
     settings, names = run.settings, TERMS[run.settings.mode]
+    skipped = SkippedSteps(run.scaler, run.device)
     if run.is_validation_due:
         finish_epoch(run, log, keeper)
     while run.step < run.num_steps:
@@ -52,6 +54,7 @@ def train(run: Run, meter: Meter, log: RunLog, keeper: Keeper) -> None:
             waited_s = time.monotonic() - asked_at
             keeper.has_batch()
             meter.add(train_step(run, batch), waited_s)
+            skipped.add_step()
             run.step += 1
             keeper.moved()
             log.advance()
@@ -59,7 +62,7 @@ def train(run: Run, meter: Meter, log: RunLog, keeper: Keeper) -> None:
             if ends or run.step % settings.log_every == 0:
                 line = {"phase": "train", "step": run.step, "epoch": epoch, **meter.line(names, settings.batch_size)}
                 refuse_divergence(run, line)
-                log.write({**line, "lr": lr})
+                log.write({**line, **skipped.line(), "lr": lr})
                 meter = Meter()
             if ends:
                 break

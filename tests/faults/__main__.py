@@ -3,6 +3,7 @@
     python -m tests.faults kill-training --count 100
     python -m tests.faults rank-death --count 20 --seed 1
     python -m tests.faults hostile-images --count 20000 --work /tmp/faults
+    python -m tests.faults long-run --count 2000
 
 The last line of standard output is JSON: faults tried, survived and lost. Exit status 1 if anything was lost.
 """
@@ -16,7 +17,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from tests.faults import hostile, packing, training
+from tests.faults import hostile, long_run, packing, training
 
 FAULTS = {
     "kill-training": training.kill_training,
@@ -25,6 +26,7 @@ FAULTS = {
     "disk-full": training.disk_full,
     "hung-rank": training.hung_rank,
     "kill-packing": packing.kill_packing,
+    "long-run": long_run.long_run,
     "hostile-images": hostile.hostile_images,
 }
 
@@ -33,7 +35,7 @@ def main() -> None:
     """Do what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("fault", choices=FAULTS)
-    parser.add_argument("--count", type=int, default=10, help="faults to try")
+    parser.add_argument("--count", type=int, default=10, help="faults to try; steps of long-run")
     parser.add_argument("--seed", type=int, default=0, help="of all that is random")
     parser.add_argument("--work", type=Path, help="a folder for runs; reference runs in it are used again")
     settings = parser.parse_args()

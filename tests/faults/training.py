@@ -53,7 +53,7 @@ def rank_death(count: int, seed: int, work: Path) -> Tally:
     """Kill one worker of two under `torchrun --max-restarts`; the job has to end as if nothing had happened."""
     tally, number = Tally("rank-death"), 0
     while tally.tried < count:
-        rng, config = random.Random(f"{seed} {number}"), CONFIGS[3 + number % 3]
+        rng, config = random.Random(f"{seed} {number}"), two_ranks(number)
         whole, run_dir = reference(work, config), new_folder(work / f"death-{config.name}")
         num_deaths = min(2, count - tally.tried)
         with running(train_command(make_shards(work), run_dir, config, max_restarts=3)) as process:
@@ -152,7 +152,7 @@ def hung_rank(count: int, seed: int, work: Path) -> Tally:
     """Halt one rank of two (SIGSTOP): the run has to end, naming it, and go on later to the same end."""
     tally, number = Tally("hung-rank"), 0
     while tally.tried < count:
-        rng, config = random.Random(f"{seed} {number}"), CONFIGS[3 + number % 3]
+        rng, config = random.Random(f"{seed} {number}"), two_ranks(number)
         whole, run_dir = reference(work, config), new_folder(work / f"hung-{config.name}")
         command, problem = train_command(make_shards(work), run_dir, config, "--timeout-s", 6), ""
         with running(command) as process:
@@ -170,6 +170,12 @@ def hung_rank(count: int, seed: int, work: Path) -> Tally:
         judge(tally, f"run {number} ({config.name})", problem or finish(command) or run_difference(run_dir, whole))
         number += 1
     return tally
+
+
+def two_ranks(number: int) -> Config:
+    """The configurations of two ranks in turn."""
+    configs = [config for config in CONFIGS if config.ranks > 1]
+    return configs[number % len(configs)]
 
 
 def judge(tally: Tally, what: str, problem: str) -> None:
