@@ -2,11 +2,12 @@
 
 import fcntl
 import json
-import os
 import platform
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Protocol, Self, TextIO
@@ -17,7 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-from errors import UserError
+from errors import Unfinished, UserError
 from settings import Settings, refuse_other_settings
 
 SECONDS_BETWEEN_CURVES = 60
@@ -48,6 +49,18 @@ def lock(folder: Path) -> TextIO:
             f"run folder {folder} is in use by another run: wait for it, or use another --run-dir"
         ) from None
     return file
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Raise what keeps us from writing in the run folder as Unfinished: when it is mended, the run goes on."""
+    try:
+        yield
+    except OSError as error:
+        raise Unfinished(
+            f"{error.filename or folder}: cannot be written ({error.strerror or error}); "
+            "mend it, and the same command goes on from the last save"
+        ) from None
 
 
 def check_config(folder: Path, settings: Settings) -> None:
@@ -181,11 +194,3 @@ def draw_curves(lines: list[dict[str, Any]], path: Path) -> None:
     axes[-1, 0].set_xlabel("step")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
-
-
-def link_best(folder: Path) -> None:
-    """Make best.pt the same file as last.pt, which the next save replaces but does not overwrite."""
-    temporary = folder / "best.pt.tmp"
-    temporary.unlink(missing_ok=True)
-    os.link(folder / "last.pt", temporary)
-    temporary.replace(folder / "best.pt")

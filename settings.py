@@ -89,13 +89,15 @@ class Settings:
     """Whose fused optimizers; auto: apex's where installed, else torch's."""
     compile: bool = False
     """Compile the networks with torch.compile."""
+    timeout_s: float = 1800.0
+    """With several ranks: end the run, naming the rank, when one hangs for this many seconds."""
     data_threads: int | None = None
     """CPU threads a rank decodes and augments with; the machine's cores over its ranks by default."""
 
     def __post_init__(self) -> None:
         """Refuse what can't be meant."""
         positive = ("epochs", "max_steps", "save_every", "log_every", "moco_dim", "moco_k", "moco_t", "key_bn_groups")
-        for name in (*positive, "batch_size", "lr", "disc_lr", "data_threads", "crop_size"):
+        for name in (*positive, "batch_size", "lr", "disc_lr", "data_threads", "crop_size", "timeout_s"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise UsageError(f"{option(name)} {value}: must be more than 0")
@@ -148,6 +150,7 @@ MAY_CHANGE_ON_RESUME = {
     "log_every",
     "device",
     "compile",
+    "timeout_s",
     "data_threads",
 }
 """What does not make it another run."""

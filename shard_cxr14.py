@@ -17,8 +17,9 @@ from pathlib import Path
 import tyro
 
 from errors import UserError, exits_on_user_error
-from pipeline.pack_job import Progress, pack
+from pipeline.pack_job import pack
 from pipeline.plan import PackSettings
+from pipeline.progress import Progress
 from pipeline.shardset import ShardSet, verify_shard_set
 
 NUM_VIEWS = 8
@@ -108,7 +109,7 @@ def draw_views(shard_set: ShardSet, path: Path) -> None:
 def _keep_stderr_to_ourselves() -> None:
     """Point file descriptor 2 elsewhere: libjpeg tells it about damaged images, in the middle of the progress."""
     sys.stderr.flush()
-    sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
+    sys.stderr = os.fdopen(os.dup(2), "w", buffering=1, errors="backslashreplace")  # names may be of any bytes
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 

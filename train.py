@@ -27,18 +27,23 @@ from model.device import choose_device
 from model.discriminator import discriminator_loss
 from model.optim import learning_rate
 from model.unet import to_unit_range
-from rundir import RunLog, check_config, lock, write_config
+from rundir import RunLog, check_config, lock, write_config, writing
 from settings import Settings
+from training.loss_scale import SkippedSteps
 from training.run import TERMS, Meter, Run, build, say
-from training.saving import begin, export_best, save
+from training.saving import Keeper, begin, export_best
 from training.step import stack_terms, train_step
+from training.stopping import StopRequest
 
 NUM_RECONSTRUCTIONS = 8
 
 
-def train(run: Run, meter: Meter, log: RunLog) -> None:
+def train(run: Run, meter: Meter, log: RunLog, keeper: Keeper) -> None:
     """Go from where `run` is to its end: one loop for every mode."""
     settings, names = run.settings, TERMS[run.settings.mode]
+    skipped = SkippedSteps(run.scaler, run.device)
+    if run.is_validation_due:
+        finish_epoch(run, log, keeper)
     while run.step < run.num_steps:
         epoch = run.step // run.loader.steps_per_epoch
         lr = learning_rate(settings.lr, settings.schedule, epoch, settings.num_epochs, settings.lr_drop_epochs)
@@ -47,28 +52,36 @@ def train(run: Run, meter: Meter, log: RunLog) -> None:
         asked_at = time.monotonic()
         for batch in run.loader:
             waited_s = time.monotonic() - asked_at
+            keeper.has_batch()
             meter.add(train_step(run, batch), waited_s)
+            skipped.add_step()
             run.step += 1
+            keeper.moved()
             log.advance()
             ends = run.step == run.num_steps or run.step % run.loader.steps_per_epoch == 0
             if ends or run.step % settings.log_every == 0:
                 line = {"phase": "train", "step": run.step, "epoch": epoch, **meter.line(names, settings.batch_size)}
                 refuse_divergence(run, line)
-                log.write({**line, "lr": lr})
+                log.write({**line, **skipped.line(), "lr": lr})
                 meter = Meter()
             if ends:
                 break
+            if keeper.is_to_stop():
+                keeper.stop(meter)
             if run.step % settings.save_every == 0:
-                save(run, meter)
+                keeper.save(meter)
             asked_at = time.monotonic()
-        finish_epoch(run, epoch, log)
+        finish_epoch(run, log, keeper)
         meter = Meter()
 
 
-def finish_epoch(run: Run, epoch: int, log: RunLog) -> None:
+def finish_epoch(run: Run, log: RunLog, keeper: Keeper) -> None:
     """Validate, save, and keep the weights as the best where they are."""
-    is_last = run.step == run.num_steps
-    terms, pictures = validate(run)
+    epoch, is_last = (run.step - 1) // run.loader.steps_per_epoch, run.step == run.num_steps
+    terms, pictures = validate(run, keeper)
+    run.is_validation_due = terms is None
+    if terms is None:
+        keeper.stop(Meter())
     line = {"phase": "val", "step": run.step, "epoch": epoch, **terms}
     refuse_divergence(run, line)
     log.write(line)
@@ -77,21 +90,27 @@ def finish_epoch(run: Run, epoch: int, log: RunLog) -> None:
     log.draw_curves(now=is_last)
     if line["total"] < run.best_loss:
         run.best_loss, run.best_step = line["total"], run.step
-    save(run, Meter())
+    keeper.save(Meter())
 
 
 @torch.no_grad()
-def validate(run: Run) -> tuple[dict[str, float], list[torch.Tensor]]:
+def validate(run: Run, keeper: Keeper) -> tuple[dict[str, float] | None, list[torch.Tensor]]:
     """Return every term's mean over the validation split, and the first few inputs, outputs and targets.
+
+    Where any rank is asked to stop meanwhile, there are no means on any.
 
     Changes neither the networks nor the queue, and sees the same images each time. All ranks use the main one's BN
     statistics, which are those that are saved: in training each has had its own.
     """
     model, names, pictures = run.model, TERMS[run.settings.mode], []
     distributed.broadcast([*model.query.buffers(), *model.key.buffers()])
-    sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=run.device)  # the terms, and the number of images
+    # The terms, the number of images, and of ranks that were asked to stop
+    sums = torch.zeros(len(names) + 2, dtype=torch.float64, device=run.device)
     model.eval()
-    for batch in run.val_loader:
+    for i, batch in enumerate(run.val_loader):
+        if keeper.is_asked_to_stop:
+            sums[-1] = 1
+            break
         with run.autocast():
             keys = model.encode_keys(batch.key, shuffle_seed=0)
             embedding, reconstruction = model.query(batch.query)
@@ -100,13 +119,16 @@ def validate(run: Run) -> tuple[dict[str, float], list[torch.Tensor]]:
             if model.discriminator is not None:
                 disc_loss = discriminator_loss(model.discriminator, batch.target, reconstruction)
         num_images = len(batch.query)
-        sums[:-1] += stack_terms(losses, disc_loss) * num_images
-        sums[-1] += num_images
+        sums[:-2] += stack_terms(losses, disc_loss) * num_images
+        sums[-2] += num_images
+        keeper.moved(i + 1)
         if reconstruction is not None and not pictures:
             rows = (to_unit_range(batch.query), reconstruction, to_unit_range(batch.target))
             pictures = [images[:NUM_RECONSTRUCTIONS].cpu() for images in rows]
     model.train()
-    *totals, num_images = distributed.all_reduce_sum(sums).tolist()
+    *totals, num_images, num_asked = distributed.all_reduce_sum(sums).tolist()
+    if num_asked:
+        return None, []
     return {name: total / num_images for name, total in zip(names, totals, strict=True)}, pictures
 
 
@@ -125,7 +147,7 @@ def pretrain(settings: Settings, device: torch.device) -> None:
     """Run, from whatever the run folder holds to the exports."""
     folder = Path(settings.run_path)
     is_main = distributed.is_main()
-    with lock(folder) if is_main else nullcontext():
+    with StopRequest() as request, lock(folder) if is_main else nullcontext(), writing(folder):
         if is_main:
             check_config(folder, settings)
         run = build(settings, device)
@@ -136,8 +158,11 @@ def pretrain(settings: Settings, device: torch.device) -> None:
         if is_main:
             chosen = {"device": str(device), "precision": run.precision, "num_steps": run.num_steps}
             write_config(folder, settings, chosen)
-        with RunLog(folder, first_step=run.step, num_steps=run.num_steps, is_main=is_main) as log:
-            train(run, meter, log)
+        with (
+            RunLog(folder, first_step=run.step, num_steps=run.num_steps, is_main=is_main) as log,
+            Keeper(run, request) as keeper,
+        ):
+            train(run, meter, log, keeper)
         if is_main:
             say(f"done: step {run.step}, best validation loss {run.best_loss:.4f} at step {run.best_step}")
             say(f"weights in {export_best(run)}, curves in {folder / 'curves.png'}")
@@ -149,7 +174,7 @@ def main() -> None:
     """Parse the command line, join the ranks, run."""
     settings = tyro.cli(Settings, description=__doc__)
     device = choose_device(settings.device, distributed.local_rank())
-    distributed.init_from_environment(device)
+    distributed.init_from_environment(device, settings.timeout_s)
     pretrain(settings, device)
     distributed.shutdown()
 

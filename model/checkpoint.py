@@ -7,6 +7,7 @@ and whatever else the training loop needs to go on.
 import os
 import re
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -43,9 +44,15 @@ _BLOCKS = {
 """Architectures by: has bottleneck blocks, how many blocks in layer2, how many in layer3."""
 
 
-def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Save tensors and plain values so that `path` holds the old file or the whole new one, whatever happens."""
-    _write_atomically(path, lambda file: torch.save(state, file))
+def save_checkpoint(path: Path, state: dict[str, Any], previous: Path | None = None) -> None:
+    """Save tensors and plain values so that `path` holds the old file or the whole new one, whatever happens.
+
+    The old file gets the name `previous`, once the new one is whole and on the disk.
+
+    Raises:
+        OSError: It can't be written.
+    """
+    _write_atomically(path, lambda file: _save(state, file), previous)
 
 
 def load_checkpoint(path: Path, device: torch.device) -> dict[str, Any]:
@@ -69,6 +76,14 @@ def load_checkpoint(path: Path, device: torch.device) -> dict[str, Any]:
     if not isinstance(state, dict):
         raise UserError(f"{path}: not a checkpoint: it holds a {type(state).__name__}, not a dict")
     return state
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a file that `save_checkpoint` wrote is there to its last byte, and none of them has changed."""
+    try:
+        return zipfile.is_zipfile(path) and not _first_damaged(path)
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError, RuntimeError):
+        return False
 
 
 class Source(NamedTuple):
@@ -148,13 +163,19 @@ def export_weights(model: DiRA, arch: str, mode: str, folder: Path) -> None:
     (folder / "unet" / "README.md").unlink()  # a model card that puts smp's own licence on the user's weights
 
 
-def _write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Fill a file beside `path`, get it onto the disk, and only then give it the name."""
+def _write_atomically(path: Path, write: Callable[[BinaryIO], object], previous: Path | None = None) -> None:
+    """Fill a file beside `path`, get it onto the disk, and only then give it the name; leave nothing if that fails."""
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    if previous and path.exists():
+        link(path, previous)
     temporary.replace(path)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
@@ -163,12 +184,34 @@ def _write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         os.close(folder)
 
 
+def link(path: Path, other: Path) -> None:
+    """Make `other` the same file as `path`, which may be replaced later but never written over."""
+    temporary = other.with_name(other.name + ".tmp")
+    temporary.unlink(missing_ok=True)
+    os.link(path, temporary)
+    temporary.replace(other)
+    temporary.unlink(missing_ok=True)  # renaming does nothing where both are one file already
+
+
+def _save(state: dict[str, Any], file: BinaryIO) -> None:
+    """Torch goes on after a failed write, to close its archive, and reports only that it couldn't."""
+    try:
+        torch.save(state, file)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
+
+
 def _verify_checksums(path: Path) -> None:
     """What torch has saved since 1.6 is a zip archive, but it doesn't look at the checksums when it loads one."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            if damaged := archive.testzip():
-                raise zipfile.BadZipFile(damaged)
+    if zipfile.is_zipfile(path) and (damaged := _first_damaged(path)):
+        raise zipfile.BadZipFile(damaged)
+
+
+def _first_damaged(path: Path) -> str | None:
+    with zipfile.ZipFile(path) as archive:
+        return archive.testzip()
 
 
 def read_source(path: Path) -> Source:

@@ -13,29 +13,58 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from model import rendezvous
+
 _T = TypeVar("_T")
 
-TIMEOUT = timedelta(minutes=30)
-"""How long ranks wait for one another: longer than rank 0 may need to write checkpoints and exports on a slow disk."""
+_control: dist.ProcessGroup | None = None
+"""All ranks over gloo, whatever the tensors go over: what the hosts tell one another waits for no device."""
+_start = ""
+"""What tells this start of the ranks from earlier ones in the same store."""
+
+TIMEOUT_S = 1800.0
+"""How long ranks wait for one another: longer than rank 0 may need to write exports on a slow disk."""
 
 
-def init_from_environment(device: torch.device) -> None:
+def init_from_environment(device: torch.device, timeout_s: float = TIMEOUT_S) -> None:
     """Join the ranks that torchrun started, over NCCL on GPUs and gloo on the CPU; `device` is this rank's own.
 
-    Reads torchrun's RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT. Without them this is the only rank.
+    Reads torchrun's RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT. Without them this is the only rank. After
+    `timeout_s` a `watchdog.Watchdog` names the rank that is waited for; the collectives themselves, which can't, give
+    up a minute later.
     """
+    global _control, _start  # noqa: PLW0603 - like torch's default group they belong to the process
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(device)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        backend = "nccl" if on_gpu else "gloo"
-        dist.init_process_group(backend, timeout=TIMEOUT, device_id=device if on_gpu else None)
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if ranks > 1:
+        timeout = timedelta(seconds=timeout_s + 60)
+        here = int(os.environ["RANK"])
+        store = rendezvous.connect(timeout)
+        _start = rendezvous.agree_on_start(store, here, ranks, timeout)
+        dist.init_process_group(
+            "nccl" if on_gpu else "gloo",
+            store=dist.PrefixStore(_start, store),
+            rank=here,
+            world_size=ranks,
+            timeout=timeout,
+            device_id=device if on_gpu else None,
+        )
+        _control = dist.new_group(backend="gloo", timeout=timeout)
 
 
 def shutdown() -> None:
     """Leave the other ranks. A rank that ends without this makes NCCL complain."""
+    global _control  # noqa: PLW0603
     if dist.is_initialized():
+        _control = None
         dist.destroy_process_group()
+
+
+def open_store(timeout_s: float) -> dist.Store:
+    """A connection of one's own to the ranks' common store, for a thread to use."""
+    return dist.PrefixStore(_start, rendezvous.connect(timedelta(seconds=timeout_s)))
 
 
 def rank() -> int:
@@ -69,12 +98,49 @@ def barrier() -> None:
         dist.barrier()
 
 
+class Votes:
+    """Lets every rank learn, after each step, whether any has asked for something, without waiting for the device.
+
+    The hosts exchange the votes beside the next step, at whose end they are read: every rank gets the same answer after
+    the same step, for some microseconds of its host's time.
+    """
+
+    def __init__(self) -> None:
+        self._pending: tuple[dist.Work, Tensor] | None = None
+
+    def exchange(self, vote: bool) -> bool:
+        """Cast this rank's vote; return whether any rank voted for it: in the call before, or on one rank in this."""
+        if world_size() == 1:
+            return vote
+        was_asked = self.close()
+        votes = torch.tensor([int(vote)])
+        self._pending = dist.all_reduce(votes, dist.ReduceOp.MAX, group=_control, async_op=True), votes
+        return was_asked
+
+    def close(self) -> bool:
+        """Wait for the votes that are on their way, as at the end, and return what they say."""
+        if self._pending is None:
+            return False
+        work, votes = self._pending
+        work.wait()
+        self._pending = None
+        return bool(votes)
+
+
+def broadcast_object(value: _T) -> _T:
+    """Rank 0's value, which must pickle, on every rank."""
+    values = [value]
+    if world_size() > 1:
+        dist.broadcast_object_list(values, src=0, group=_control)
+    return values[0]
+
+
 def gather_objects(value: _T) -> list[_T]:
     """Every rank's value, which must pickle, in the order of the ranks; on ranks other than 0 an empty list."""
     if world_size() == 1:
         return [value]
     values = [None] * world_size() if is_main() else None
-    dist.gather_object(value, values, dst=0)
+    dist.gather_object(value, values, dst=0, group=_control)
     return values or []
 
 

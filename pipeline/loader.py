@@ -1,5 +1,6 @@
 """Epochs of `Batch` from shard sets: endless and resumable for training, one exact pass for validation."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -181,15 +182,23 @@ def refuse_other_stores(shard_sets: tuple[ShardSet, ...]) -> None:
 
 @contextmanager
 def reading_from(shard_sets: tuple[ShardSet, ...]) -> Iterator[None]:
-    """Raise what keeps DALI from sets on object storage as a UserError: a network's failures are no bugs."""
+    """Raise what keeps DALI from reading the sets as a UserError: damaged files and failing networks are no bugs."""
     try:
         yield
     except RuntimeError as error:
+        what = (
+            str(error).rpartition("encountered:")[2].replace("Current pipeline object is no longer valid.", "").strip()
+        )
         remote = [shard_set.path for shard_set in shard_sets if "://" in shard_set.path]
-        if not remote:
-            raise
-        reason = str(error).rpartition("encountered:")[2].replace("Current pipeline object is no longer valid.", "")
-        raise UserError(
-            f"{', '.join(remote)}: DALI cannot read on ({reason.strip()}); it takes credentials, region and endpoint "
-            "from AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_DEFAULT_REGION and AWS_ENDPOINT_URL"
-        ) from error
+        if remote:
+            raise UserError(
+                f"{', '.join(remote)}: DALI cannot read on ({what}); it takes credentials, region and endpoint "
+                "from AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_DEFAULT_REGION and AWS_ENDPOINT_URL"
+            ) from error
+        for shard_set in shard_sets:
+            if found := re.search(re.escape(shard_set.path) + r"/\w+/[\w-]+\.(?:tar(?::\d+:(\S+))?|idx)", what):
+                file, key = found[0].partition(":")[0], found[1] and found[1].partition(".")[0]
+                where = f"{file}: sample {key}" if key else file
+                reason = what.splitlines()[0]
+                raise UserError(f"{where}: damaged ({reason}); run shard_cxr14.py verify {shard_set.path}") from error
+        raise

@@ -9,6 +9,7 @@ is `OUT/.pack/` or, for an OUT on `s3://`, a local folder in $TMPDIR from where 
     staged-0.bin, .json     the images of one compressed archive, packed, in the archive's order
     train-000000.tar, .idx  a finished shard
     train-000000.json       written after them: what is known about the shard
+    too-slow.json           images that a decoder did not get done with
     installing              the old set is gone; shards are moving to their places
 """
 

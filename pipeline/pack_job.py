@@ -6,17 +6,14 @@ import io
 import json
 import math
 import os
-import sys
 import threading
-import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any, NamedTuple, Self, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import cv2
-from tqdm import tqdm
 
 from errors import UserError
 from pipeline.pack_folder import (
@@ -31,9 +28,11 @@ from pipeline.pack_folder import (
 )
 from pipeline.packing import EXTENSIONS, PackedImage, ShardWriter, Unusable, pack_image, seal_meta, write_whole
 from pipeline.plan import LISTS, PackSettings, Plan, Sample, plan_samples
+from pipeline.progress import Progress
 from pipeline.shardset import FORMAT, REJECTED, VERSION
 from pipeline.sources import find_images, read_image, stream_images
 from pipeline.storage import STORAGE_ERRORS, reason
+from pipeline.time_limit import TimeLimit
 
 T = TypeVar("T")
 Packed = PackedImage | Unusable
@@ -147,6 +146,7 @@ class PackJob:
         self._records: dict[str, dict[str, Any]] = {}  # by shard
         self._staged: dict[Path, tuple[Path, dict[str, Any]]] = {}  # by archive
         self._lock = threading.Lock()
+        self._time_limit = TimeLimit(work / "too-slow.json")
 
     def run(self) -> None:
         """Do the work, and leave it in the work folder.
@@ -164,7 +164,7 @@ class PackJob:
         if self._records:
             print(f"{len(self._records)} of {len(self.shards)} shards are there already", flush=True)
         to_stage = self._find_unstaged() if to_write else []
-        with ThreadPoolExecutor(self._settings.num_workers) as self._pool:
+        with self._time_limit, ThreadPoolExecutor(self._settings.num_workers) as self._pool:
             num_streamed = sum(len(keys) for _, _, keys in to_stage)
             with Progress("reading archives", num_streamed) as self._progress:
                 self._for_all(self._stage, to_stage)
@@ -195,9 +195,12 @@ class PackJob:
         for item, result in pending:
             yield item, result.result()
 
-    def _pack(self, data: bytes) -> Packed:
+    def _pack(self, name: str, data: bytes) -> Packed:
+        if name in self._time_limit.exceeded:
+            return Unusable("takes too long to decode")
         try:
-            return pack_image(data, self._settings.store, self._settings.size_px, self._settings.quality)
+            with self._time_limit.watching(name):
+                return pack_image(data, self._settings.store, self._settings.size_px, self._settings.quality)
         except Unusable as reason:
             return reason
 
@@ -223,7 +226,7 @@ class PackJob:
         index: dict[str, Any] = {}
         with staging.open("wb") as file:
             for (path, _), packed in self._in_order(
-                lambda item: self._pack(item[1]), stream_images(archive, keys.keys())
+                lambda item: self._pack(f"{archive}:{item[0]}", item[1]), stream_images(archive, keys.keys())
             ):
                 if isinstance(packed, Unusable):
                     index[path] = str(packed)
@@ -253,7 +256,7 @@ class PackJob:
                 file.seek(offset)
                 return PackedImage(file.read(size), *rest)
         try:
-            return self._pack(read_image(image))
+            return self._pack(str(image), read_image(image))
         except OSError as error:
             return Unusable(f"cannot be read: {error.strerror}")
 
@@ -361,35 +364,3 @@ def _meta(sample: Sample, packed: PackedImage) -> dict[str, Any]:
         "scale": packed.scale,
         "offset_px": packed.offset_px,
     }
-
-
-class Progress:
-    """Progress on standard error: a bar on a terminal; elsewhere a line every five seconds, and the last one."""
-
-    def __init__(self, what: str, total: int, done: int = 0) -> None:
-        self._what, self._total, self._done, self._done_before = what, total, done, done
-        self._started = self._spoke = time.monotonic()
-        self._lock = threading.Lock()
-        is_idle = done >= total
-        self._bar = tqdm(
-            total=total, initial=done, desc=what, unit=" images", dynamic_ncols=True, disable=True if is_idle else None
-        )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
-
-    def advance(self, count: int = 1) -> None:
-        """Another few are done."""
-        with self._lock:
-            self._done += count
-            self._bar.update(count)
-            now = time.monotonic()
-            if self._bar.disable and (now > self._spoke + 5 or self._done == self._total):
-                rate = (self._done - self._done_before) / max(now - self._started, 1e-9)
-                left = tqdm.format_interval((self._total - self._done) / rate)
-                counts = f"{self._done}/{self._total} images"
-                print(f"{self._what}: {counts}, {rate:.0f} images/s, {left} left", file=sys.stderr, flush=True)
-                self._spoke = now

@@ -17,7 +17,8 @@ EXTENSIONS: dict[Store, str] = {"raw": "raw", "jpeg": "jpg", "png": "png"}
 
 _MIN_SIDE_PX = 32
 _MAX_PIXELS = 2**26  # 8192 x 8192; guards against decompression bombs
-_BLOCK = 512  # of a tar, bytes
+_MAX_SCANS = 100  # of a progressive JPEG; ten are usual
+TAR_BLOCK = 512  # bytes
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_CHUNK = struct.Struct(">I4s")  # length, kind
 _PNG_OPTIONS = (  # against OpenCV's defaults: a fifth less time to encode and to decode, and smaller radiographs
@@ -98,7 +99,10 @@ def _checked_png(data: bytes) -> tuple[bytes, bool]:
 
 
 def _check_jpeg(data: bytes) -> None:
-    """Walk the segments up to the scan, which must be followed by an end marker."""
+    """Walk the segments up to the scan, which must be followed by an end marker.
+
+    A progressive file may have any number of scans, each of which makes the decoder go over all the pixels.
+    """
     position = 2
     has_size = False
     while True:
@@ -121,6 +125,8 @@ def _check_jpeg(data: bytes) -> None:
         raise Unusable("damaged: no JPEG frame header")
     if data.rfind(b"\xff\xd9") < position:
         raise Unusable(f"cut short: no JPEG end in its {len(data)} bytes")
+    if (num_scans := data.count(b"\xff\xda", position)) > _MAX_SCANS:
+        raise Unusable(f"{num_scans} scans in one JPEG")
 
 
 def _check_size(width_px: int, height_px: int) -> None:
@@ -252,10 +258,15 @@ def sample_block(key: str, extension: str, image: bytes, meta: bytes) -> tuple[b
     """A sample's two files as they stand in a tar (ustar), and the offsets of their contents in there."""
     files = []
     for name, data in ((f"{key}.{extension}", image), (f"{key}.json", meta)):
-        info = tarfile.TarInfo(name)  # time, owner and group are 0
-        info.size = len(data)
-        files += [info.tobuf(tarfile.USTAR_FORMAT, "utf-8"), data, bytes(-len(data) % _BLOCK)]
-    return b"".join(files), _BLOCK, sum(map(len, files[:3])) + _BLOCK
+        files += [tar_header(name, len(data)), data, bytes(-len(data) % TAR_BLOCK)]
+    return b"".join(files), TAR_BLOCK, sum(map(len, files[:3])) + TAR_BLOCK
+
+
+def tar_header(name: str, num_bytes: int) -> bytes:
+    """What precedes a file's content in a tar (ustar)."""
+    info = tarfile.TarInfo(name)  # time, owner and group are 0
+    info.size = num_bytes
+    return info.tobuf(tarfile.USTAR_FORMAT, "utf-8")
 
 
 class ShardWriter:
@@ -265,7 +276,7 @@ class ShardWriter:
     `index_sha256` describe it.
     """
 
-    END = bytes(2 * _BLOCK)
+    END = bytes(2 * TAR_BLOCK)
 
     def __init__(self, path: Path) -> None:
         """`path` without an ending."""

@@ -20,6 +20,20 @@ NIH_LABELS = (
 )  # fmt: skip
 _EXTENSIONS = (".png", ".jpg", ".jpeg")
 _ARCHIVES = (".tar", ".tar.gz", ".tgz")
+_MAX_IMAGE_BYTES = 2**29
+"""Of a file: more than the largest image that is packed has without any compression."""
+_HEADER_TYPES = (
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+)
+_MAX_HEADER_BYTES = 2**20
+_MAX_HEADERS = 16
+"""In a row, for one member."""
+_ARCHIVE_ERRORS = (tarfile.TarError, ValueError, OverflowError)
+"""What tarfile raises at damaged archives: not only its own errors."""
 
 
 class ImageRef(NamedTuple):
@@ -91,7 +105,7 @@ def _find_in(root: Path, listings: dict[str, list]) -> list[ImageRef]:
     except (OSError, EOFError, zlib.error) as error:
         where = getattr(error, "filename", None) or root
         raise UserError(f"{where}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
-    except tarfile.TarError as error:
+    except _ARCHIVE_ERRORS as error:
         raise UserError(f"{root}: damaged or cut short ({error}); download or build the archive again") from None
     what = "is neither a folder nor a .tar or .tar.gz archive" if root.exists() else "does not exist"
     raise UserError(f"{root}: {what}; give folders of images or archives")
@@ -113,20 +127,43 @@ def _walk(folder: Path, inside: str, root: Path, above: frozenset[tuple[int, int
             elif not path.lower().endswith(_EXTENSIONS):
                 continue
             elif entry.is_file():
-                yield ImageRef(root, path, entry.stat().st_size)
+                num_bytes = entry.stat().st_size
+                yield ImageRef(root, path, num_bytes, refusal=_size_refusal(num_bytes))
             else:
                 yield ImageRef(root, path, 0, refusal="a link to nowhere, or a device")
 
 
 class _StrictTarInfo(tarfile.TarInfo):
-    """tarfile takes a damaged header for the archive's end; here it is an error."""
+    """What tarfile takes for the archive's end, or follows however far it leads, is an error here.
+
+    A member may be preceded by headers with its long name and the like, which tarfile reads into memory whole, calls
+    itself for, and obeys: no archive of radiographs has large ones, many in a row, or sparse files.
+    """
 
     @classmethod
     def fromtarfile(cls, tarfile_: tarfile.TarFile) -> tarfile.TarInfo:
         try:
-            return super().fromtarfile(tarfile_)
+            member = super().fromtarfile(tarfile_)
         except (tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError, tarfile.EmptyHeaderError) as error:
             raise tarfile.SubsequentHeaderError(str(error)) from None
+        if member.size < 0:
+            raise tarfile.SubsequentHeaderError(f"a member of {member.size} bytes")
+        return member
+
+    def _proc_member(self, tarfile_: tarfile.TarFile) -> tarfile.TarInfo:
+        is_header = self.type in _HEADER_TYPES
+        tarfile_.num_headers = getattr(tarfile_, "num_headers", 0) + 1 if is_header else 0
+        if is_header and (self.size > _MAX_HEADER_BYTES or tarfile_.num_headers > _MAX_HEADERS):
+            raise tarfile.SubsequentHeaderError("an extended header of unlikely size")
+        return super()._proc_member(tarfile_)
+
+    def _proc_sparse(self, _: tarfile.TarFile) -> tarfile.TarInfo:
+        raise tarfile.SubsequentHeaderError("a sparse file")
+
+    def _proc_gnusparse_00(self, *_: object) -> None:
+        raise tarfile.SubsequentHeaderError("a sparse file")
+
+    _proc_gnusparse_01 = _proc_gnusparse_10 = _proc_gnusparse_00
 
 
 def read_image(image: ImageRef) -> bytes:
@@ -149,7 +186,7 @@ def stream_images(archive: Path, paths: Collection[str]) -> Iterator[tuple[str, 
                 if path in paths:
                     yield path, members.extractfile(member).read()
                 members.members.clear()  # tarfile remembers every member it has seen
-    except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
+    except (OSError, EOFError, zlib.error, *_ARCHIVE_ERRORS) as error:
         raise UserError(f"{archive}: cannot be read ({error})") from None
 
 
@@ -160,8 +197,11 @@ def is_compressed(archive: Path) -> bool:
 
 
 def open_archive(path: Path) -> tarfile.TarFile:
-    """Open a tar for reading: anywhere if it is plain, from its beginning to its end if it is compressed."""
-    return tarfile.open(path, "r|gz" if is_compressed(path) else "r:", tarinfo=_StrictTarInfo)
+    """Open a tar for reading: anywhere if it is plain, from its beginning to its end if it is compressed.
+
+    Not in tarfile's stream mode ("r|gz"): it goes where a member's size leads, even far behind the file's end.
+    """
+    return tarfile.open(path, "r:gz" if is_compressed(path) else "r:", tarinfo=_StrictTarInfo)
 
 
 def member_path(member: tarfile.TarInfo) -> str:
@@ -175,7 +215,7 @@ def _list_archive(root: Path, listings: dict[str, list]) -> list[ImageRef]:
     known = listings.get(key)
     if known and known[0] == state:
         return [ImageRef(root, path, size, in_archive=True, refusal=refusal) for path, size, refusal in known[1]]
-    images = []
+    images: dict[str, ImageRef] = {}
     is_stream = is_compressed(root)
     with open_archive(root) as archive:
         for member in archive:
@@ -185,10 +225,12 @@ def _list_archive(root: Path, listings: dict[str, list]) -> list[ImageRef]:
             if member.isdir() or is_hidden or not path.lower().endswith(_EXTENSIONS):
                 continue
             offset = None if is_stream else member.offset_data
-            images.append(ImageRef(root, path, member.size, in_archive=True, offset=offset, refusal=_refusal(member)))
+            refusal = "its name occurs more than once in the archive" if path in images else _refusal(member)
+            images[path] = ImageRef(root, path, member.size, in_archive=True, offset=offset, refusal=refusal)
+            archive.members.clear()  # tarfile remembers every member it has seen
     if is_stream:
-        listings[key] = [state, [[image.path, image.num_bytes, image.refusal] for image in images]]
-    return images
+        listings[key] = [state, [[image.path, image.num_bytes, image.refusal] for image in images.values()]]
+    return list(images.values())
 
 
 def _refusal(member: tarfile.TarInfo) -> str:
@@ -196,7 +238,11 @@ def _refusal(member: tarfile.TarInfo) -> str:
         return "its name leads out of the archive"
     if not member.isreg() or member.issparse():
         return "not a plain file in the archive but a link or device"
-    return ""
+    return _size_refusal(member.size)
+
+
+def _size_refusal(num_bytes: int) -> str:
+    return f"too large: {num_bytes} bytes" if num_bytes > _MAX_IMAGE_BYTES else ""
 
 
 def _read_text(path: Path) -> str:

@@ -10,8 +10,12 @@ import torch
 from benchmarks.bench_big_set import write_set
 from errors import UserError
 from pipeline.loader import LoaderSpec, PretrainLoader, ValidationLoader
+from pipeline.pack_job import pack
+from pipeline.packing import parse_index
+from pipeline.plan import PackSettings
 from pipeline.shardset import ShardSet
 from pipeline.spec import Batch, DistortionSpec, ViewSpec
+from tests.commands import run_command
 
 PLAIN = ViewSpec(
     crop_size_px=32,
@@ -178,3 +182,17 @@ def test_views_hold_what_the_shards_hold(spec: LoaderSpec) -> None:
     plain = replace(spec, view=replace(PLAIN, crop_size_px=64), distortion=None)
     packed = {np.frombuffer(image, np.uint8).tobytes() for _, _, image in spec.shard_sets[0].read_samples("val")}
     assert set(images_seen(list(ValidationLoader(plain)))) == packed
+
+
+def test_a_sample_that_does_not_decode_is_named_with_its_shard(tmp_path: Path) -> None:
+    run_command("-m", "pipeline.phantom", tmp_path, "--num-images", "6", "--size-px", "64").check_returncode()
+    pack(PackSettings(images=(tmp_path / "images",), out=tmp_path / "set", store="png", size_px=64, val_fraction=0))
+    opened = ShardSet.open(tmp_path / "set")
+    (tar,) = (tmp_path / "set" / "train").glob("*.tar")
+    entry = parse_index(tar.with_suffix(".idx").read_bytes())[3]
+    with tar.open("r+b") as file:
+        file.seek(entry.image_offset + 50)
+        file.write(bytes(200))
+    spec = LoaderSpec((opened,), ViewSpec(crop_size_px=32), None, 2, seed=0, device=torch.device("cpu"))
+    with pytest.raises(UserError, match=f"{tar}: sample {entry.key}: damaged .*; run shard_cxr14.py verify"):
+        list(ValidationLoader(spec, "train"))

@@ -9,6 +9,7 @@ import tarfile
 import zlib
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
@@ -332,3 +333,12 @@ def test_every_flipped_byte_of_json_or_image_is_told() -> None:
                 open_meta(bytes(flipped), image)
     with pytest.raises(ValueError, match="checksum"):
         open_meta(sealed, b"pixelz")
+
+
+def test_a_jpeg_of_more_scans_than_any_needs_is_refused_undecoded() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8)
+    progressive = cv2.imencode(".jpg", pixels, (cv2.IMWRITE_JPEG_PROGRESSIVE, 1))[1].tobytes()
+    assert decode_grey(progressive).shape == (64, 64)
+    scans = progressive[progressive.index(b"\xff\xda") : -2]
+    with pytest.raises(Unusable, match=r"\d+ scans in one JPEG"):
+        decode_grey(progressive[:-2] + scans * 100 + progressive[-2:])

@@ -9,7 +9,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torchvision.io import read_image
 
 from errors import UserError
-from rundir import RunLog, check_config, link_best, lock, read_metrics, write_config
+from rundir import RunLog, check_config, lock, read_metrics, write_config
 from settings import Settings
 
 SETTINGS = Settings(shards=("a",), mode="dir")
@@ -106,13 +106,3 @@ def test_curves_are_drawn_from_the_lines(tmp_path: Path) -> None:
         assert not (tmp_path / "curves.png").exists(), "not every time it is asked for"
         log.draw_curves(now=True)
     assert read_image(str(tmp_path / "curves.png")).shape[1] > 100
-
-
-def test_best_keeps_its_content_when_last_is_replaced(tmp_path: Path) -> None:
-    (tmp_path / "last.pt").write_text("first")
-    link_best(tmp_path)
-    (tmp_path / "new").write_text("second")
-    (tmp_path / "new").replace(tmp_path / "last.pt")
-    assert (tmp_path / "best.pt").read_text() == "first"
-    link_best(tmp_path)
-    assert (tmp_path / "best.pt").read_text() == "second"

@@ -161,6 +161,22 @@ def test_index_that_cannot_be_its_tars_is_told(pristine: Path, tmp_path: Path) -
             ShardSet.open(shards)
 
 
+def test_changed_index_and_another_sets_tar_are_told_at_once(pristine: Path, tmp_path: Path) -> None:
+    """No byte of an index may change; a tar of the right length must hold the samples that the index names."""
+    content = (pristine / "train" / "train-000001.idx").read_bytes()
+    for position in range(0, len(content), 7):
+        shards = Path(shutil.copytree(pristine, tmp_path / f"flip-{position}"))
+        flip(shards / "train" / "train-000001.idx", position)
+        with pytest.raises(UserError, match=r"train-000001\.idx: can't be the index of its tar"):
+            ShardSet.open(shards)
+    shards = Path(shutil.copytree(pristine, tmp_path / "swapped"))
+    first, second = (shards / "train" / f"train-00000{i}.tar" for i in range(2))
+    assert first.stat().st_size == second.stat().st_size
+    second.write_bytes(first.read_bytes())
+    with pytest.raises(UserError, match=r"train-000001\.tar: sample \S+ is not where it was packed"):
+        ShardSet.open(shards)
+
+
 def test_place_that_cannot_be_reached_is_told() -> None:
     with pytest.raises(UserError, match="nowhere://set: cannot be reached"):
         ShardSet.open("nowhere://set")

@@ -1,3 +1,4 @@
+import io
 import os
 import tarfile
 from pathlib import Path
@@ -231,3 +232,57 @@ def test_unusable_box_is_refused_with_its_line(tmp_path: Path, row: str) -> None
     path.write_text(f"Image Index,Finding Label,Bbox [x,y,w,h]\n{row}\n")
     with pytest.raises(UserError, match=r"boxes\.csv:2"):
         read_boxes(path)
+
+
+def write_members(path: Path, members: list[tuple[dict[str, object], bytes]], mode: str) -> Path:
+    """Write an archive member by member, whatever their headers say."""
+    with tarfile.open(path, mode, format=tarfile.PAX_FORMAT) as tar:
+        for fields, content in members:
+            info = tarfile.TarInfo("x.png")
+            info.size = len(content)
+            for name, value in fields.items():
+                setattr(info, name, value)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+GOOD = ({"name": "good.png"}, b"good")
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+def test_a_name_that_occurs_twice_in_an_archive_is_refused(tmp_path: Path, mode: str) -> None:
+    archive = write_members(tmp_path / "x.tar.gz", [({}, b"1"), GOOD, ({}, b"2")], mode)
+    refusals = {image.path: image.refusal for image in find_images([archive])}
+    assert refusals == {"good.png": "", "x.png": "its name occurs more than once in the archive"}
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"pax_headers": {"size": "99999999999999"}},
+        {"pax_headers": {"size": "-1"}},
+        {"pax_headers": {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": "999999999"}},
+        {"type": tarfile.GNUTYPE_SPARSE},
+    ],
+)
+def test_headers_that_lie_are_an_error_at_once(tmp_path: Path, mode: str, fields: dict[str, object]) -> None:
+    archive = write_members(tmp_path / "x.tar.gz", [GOOD, (fields, b"x" * 600), GOOD], mode)
+    with pytest.raises(UserError, match=r"x\.tar\.gz: (damaged|cannot be read)"):
+        find_images([archive])
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+def test_headers_of_headers_and_huge_ones_are_an_error_and_not_read(tmp_path: Path, mode: str) -> None:
+    chain = [({"type": tarfile.GNUTYPE_LONGNAME}, b"x.png\0")] * 2000
+    huge = [({"type": tarfile.GNUTYPE_LONGNAME}, bytes(2**21))]
+    for number, members in enumerate((chain, huge)):
+        archive = write_members(tmp_path / f"{number}.tar.gz", [GOOD, *members, GOOD], mode)
+        with pytest.raises(UserError, match=r"tar\.gz: damaged .*an extended header of unlikely size"):
+            find_images([archive])
+
+
+def test_files_larger_than_any_image_are_refused_unread(folder: Path) -> None:
+    with (folder / "huge.png").open("wb") as file:
+        file.truncate(2**29 + 1)
+    assert {i.path: i.refusal for i in find_images([folder]) if i.refusal} == {"huge.png": "too large: 536870913 bytes"}

@@ -1,4 +1,7 @@
 import json
+import os
+import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -7,12 +10,15 @@ import pytest
 import torch
 
 import train
-from errors import UserError
-from model.checkpoint import load_checkpoint
+from errors import Unfinished, UserError
+from model.checkpoint import link, load_checkpoint, save_checkpoint
 from pipeline.spec import Batch
 from rundir import RunLog, lock
 from settings import Settings
 from tests.commands import run_command
+from tests.faults.runs import difference, run_difference
+from training.saving import Keeper
+from training.stopping import StopRequest
 
 CPU = torch.device("cpu")
 
@@ -48,25 +54,23 @@ def options(settings: Settings) -> list[str]:
     return [*shards, *flags]
 
 
+def keeper_of(run: train.Run) -> Keeper:
+    """Return what a run asks whether to stop: no."""
+    return Keeper(run, StopRequest())
+
+
 def last_checkpoint(run_dir: Path) -> dict[str, Any]:
     return load_checkpoint(run_dir / "checkpoints" / "last.pt", CPU)
 
 
-def assert_same(ours: object, theirs: object, where: str = "") -> None:
+def assert_same(ours: object, theirs: object) -> None:
     """Compare nested checkpoints, tensors to the bit."""
-    assert type(ours) is type(theirs), where
-    if isinstance(ours, torch.Tensor):
-        assert torch.equal(ours, theirs), where
-    elif isinstance(ours, dict):
-        assert ours.keys() == theirs.keys(), where
-        for key in ours:
-            assert_same(ours[key], theirs[key], f"{where}.{key}")
-    elif isinstance(ours, list | tuple):
-        assert len(ours) == len(theirs), where
-        for i, pair in enumerate(zip(ours, theirs, strict=True)):
-            assert_same(*pair, f"{where}[{i}]")
-    else:
-        assert ours == theirs, where
+    assert difference(ours, theirs) == ""
+
+
+def assert_ended_alike(run_dir: Path, whole: Path) -> None:
+    """Compare finished runs: checkpoints, metrics, exports, files."""
+    assert run_difference(run_dir, whole) == ""
 
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:
@@ -123,12 +127,116 @@ def test_a_run_killed_in_mid_epoch_ends_as_if_nothing_had_happened(
     monkeypatch.setattr(train, "train_step", step)
     assert 0 < last_checkpoint(tmp_path / "killed")["step"] < killed_at
     train.pretrain(small(shard_folder, tmp_path / "killed"), CPU)
+    assert_ended_alike(tmp_path / "killed", tmp_path / "whole")
 
-    whole, killed = last_checkpoint(tmp_path / "whole"), last_checkpoint(tmp_path / "killed")
-    for state in (whole, killed):
-        del state["settings"]
-    assert_same(killed, whole)
-    assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
+
+@pytest.mark.parametrize("when", ["in a step", "in validation", "in the last validation"])
+def test_a_run_asked_to_stop_saves_at_the_end_of_its_step_and_goes_on_to_the_same_end(
+    shard_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    train.pretrain(small(shard_folder, tmp_path / "whole"), CPU)
+    step, validate, last_step = train.train_step, train.validate, {"in validation": 7, "in the last validation": 10}
+
+    def ask(keeper: Keeper) -> None:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        while not keeper.is_asked_to_stop:
+            time.sleep(0.001)
+
+    def asked_in_step(run: train.Run, batch: Batch) -> torch.Tensor:
+        if run.step == 4:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            time.sleep(0.2)
+        return step(run, batch)
+
+    def asked_in_validation(run: train.Run, keeper: Keeper) -> tuple[dict[str, float] | None, list[torch.Tensor]]:
+        if run.step == last_step[when]:
+            ask(keeper)
+        return validate(run, keeper)
+
+    if when == "in a step":
+        monkeypatch.setattr(train, "train_step", asked_in_step)
+    else:
+        monkeypatch.setattr(train, "validate", asked_in_validation)
+    with pytest.raises(Unfinished, match=r"SIGUSR1 at step \d+ of 10: the same command goes on from .*last\.pt"):
+        train.pretrain(small(shard_folder, tmp_path / "stopped"), CPU)
+    assert last_checkpoint(tmp_path / "stopped")["step"] == last_step.get(when, 5)
+    monkeypatch.setattr(train, "train_step", step)
+    monkeypatch.setattr(train, "validate", validate)
+    train.pretrain(small(shard_folder, tmp_path / "stopped"), CPU)
+    (tmp_path / "stopped" / "checkpoints" / "previous.pt").unlink()  # the stop's own checkpoint, or the one before it
+    (tmp_path / "whole" / "checkpoints" / "previous.pt").unlink()
+    assert_ended_alike(tmp_path / "stopped", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("harm", ["cut", "flipped in place", "missing"])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before_and_the_run_ends_alike(
+    shard_folder: Path, tmp_path: Path, harm: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("whole", "harmed"):
+        train.pretrain(small(shard_folder, tmp_path / name, "dir"), CPU)
+    checkpoints = tmp_path / "harmed" / "checkpoints"
+    last = checkpoints / "last.pt"
+    content = bytearray(last.read_bytes())
+    if harm == "flipped in place":
+        link(last, checkpoints / "best.pt")  # so the best is harmed as well
+        content[len(content) // 2] ^= 1
+        last.write_bytes(content)
+    else:
+        last.unlink()
+        if harm == "cut":
+            last.write_bytes(content[: len(content) // 2])
+    train.pretrain(small(shard_folder, tmp_path / "harmed", "dir"), CPU)
+    said = capsys.readouterr().out
+    assert f"{checkpoints / 'previous.pt'} takes its place" in said
+    assert "step 9 of 10" in said
+    (checkpoints / "damaged.pt").unlink(missing_ok=harm == "missing")
+    if harm == "flipped in place":
+        assert "best.pt was damaged too: the best weights are sought anew" in said
+        assert last_checkpoint(tmp_path / "harmed")["best_step"] == 10
+    else:
+        assert_ended_alike(tmp_path / "harmed", tmp_path / "whole")
+
+
+def test_two_damaged_checkpoints_are_named(shard_folder: Path, tmp_path: Path) -> None:
+    settings = small(shard_folder, tmp_path, "di", max_steps=4)
+    train.pretrain(settings, CPU)
+    for name in ("last.pt", "previous.pt"):
+        (tmp_path / "checkpoints" / name).write_bytes(b"half")
+    assert "last.pt and" in refusal(settings)
+    assert "previous.pt are damaged" in refusal(settings)
+
+
+def test_what_a_checkpoint_lacks_or_has_in_another_shape_is_named(shard_folder: Path, tmp_path: Path) -> None:
+    settings = small(shard_folder, tmp_path, "di", max_steps=2)
+    train.pretrain(settings, CPU)
+    last = tmp_path / "checkpoints" / "last.pt"
+    state = load_checkpoint(last, CPU)
+    save_checkpoint(last, {name: value for name, value in state.items() if name != "optimizer"})
+    assert "last.pt: does not fit this run ('optimizer' is missing)" in refusal(settings)
+    state["model"]["queue"] = state["model"]["queue"][1:]
+    save_checkpoint(last, state)
+    assert "size mismatch for queue" in refusal(settings)
+
+
+def test_weights_that_are_not_finite_are_never_saved(
+    shard_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step before the save ruins the weights, but its loss was computed before: no term tells."""
+    step = train.train_step
+
+    def ruins(run: train.Run, batch: Batch) -> torch.Tensor:
+        terms = step(run, batch)
+        if run.step == 5:
+            with torch.no_grad():
+                run.model.query.projection[0].bias[0] = float("inf")
+        return terms
+
+    monkeypatch.setattr(train, "train_step", ruins)
+    wrong = refusal(small(shard_folder, tmp_path, log_every=100))
+    last = tmp_path / "checkpoints" / "last.pt"
+    assert "diverged by step 6: model.query.projection.0.bias" in wrong or "diverged by step 7" in wrong
+    assert f"{last} is from before" in wrong
+    assert last_checkpoint(tmp_path)["step"] == 3
 
 
 def test_validation_changes_no_tensor_and_sees_the_same_images_each_time(shard_folder: Path, tmp_path: Path) -> None:
@@ -136,10 +244,10 @@ def test_validation_changes_no_tensor_and_sees_the_same_images_each_time(shard_f
     for batch, _ in zip(run.loader, range(2), strict=False):
         train.train_step(run, batch)
     before = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
-    first, _ = train.validate(run)
+    first, _ = train.validate(run, keeper_of(run))
     assert_same(dict(run.model.state_dict()), before)
     assert run.model.training
-    second, _ = train.validate(run)
+    second, _ = train.validate(run, keeper_of(run))
     assert first == second
 
 
@@ -147,9 +255,9 @@ def test_validation_is_the_mean_over_samples_whatever_the_batch(shard_folder: Pa
     run = train.build(small(shard_folder, tmp_path), CPU)
     (batch,) = run.val_loader
     run.val_loader = [Batch(*(images[i : i + 1] for images in batch)) for i in range(len(batch.query))]
-    one_by_one, _ = train.validate(run)
+    one_by_one, _ = train.validate(run, keeper_of(run))
     run.val_loader = [batch]
-    at_once, _ = train.validate(run)
+    at_once, _ = train.validate(run, keeper_of(run))
     assert one_by_one == pytest.approx(at_once, rel=1e-5)
     assert tuple(at_once) == train.TERMS["dira"]
 
@@ -176,22 +284,31 @@ def test_dira_starts_from_dir_with_its_network_keys_and_queue(shard_folder: Path
     assert not run.optimizer.state
 
 
-@pytest.mark.parametrize("ranks", [2])
-def test_ranks_train_together_and_one_rank_carries_on_alone(shard_folder: Path, tmp_path: Path, ranks: int) -> None:
-    settings = small(shard_folder, tmp_path / "run", max_steps=5)
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "train.py")
-    done = run_command(*torchrun, *options(settings), OMP_NUM_THREADS="1")
+def test_ranks_train_together_and_fewer_or_more_carry_on(shard_folder: Path, tmp_path: Path) -> None:
+    """Two ranks, then one, then four: same global batch, so as many keys each step, and the same learning rate."""
+    settings = small(shard_folder, tmp_path / "run", "di", batch_size=8, epochs=4, max_steps=4, log_every=1)
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
+    done = run_command(*torchrun, "2", "train.py", *options(settings), OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
     state = last_checkpoint(tmp_path / "run")
-    assert state["step"] == 5
-    assert len(state["loaders"]) == ranks
-    assert state["model"]["queue_ptr"].item() == 5 * 4, "every rank's keys are in the queue"
-    assert [line["step"] for line in metrics(tmp_path / "run")] == [4, 5, 5], "only the main rank writes"
+    assert (state["step"], len(state["loaders"])) == (4, 2)
+    assert state["model"]["queue_ptr"].item() == 4 * 8 % 30, "every rank's keys are in the queue"
 
-    alone = run_command("train.py", *options(replace(settings, max_steps=8)))
-    assert alone.returncode == 0, alone.stderr
-    assert "is from 2 ranks" in alone.stdout
-    assert last_checkpoint(tmp_path / "run")["step"] == 8
+    for ranks, before, num_steps in ((1, 2, 6), (4, 1, 8)):
+        launcher = (*torchrun, str(ranks)) if ranks > 1 else ()
+        more = run_command(*launcher, "train.py", *options(replace(settings, max_steps=num_steps)), OMP_NUM_THREADS="1")
+        assert more.returncode == 0, more.stderr
+        assert f"is from {before} ranks, these are {ranks}: same step, schedule and global batch of 8" in more.stdout
+        state = last_checkpoint(tmp_path / "run")
+        assert (state["step"], len(state["loaders"])) == (num_steps, ranks)
+        assert state["model"]["queue_ptr"].item() == num_steps * 8 % 30
+    whole = small(shard_folder, tmp_path / "whole", "di", batch_size=8, epochs=4, max_steps=8, log_every=1)
+    train.pretrain(whole, CPU)
+    schedules = [
+        [(line["step"], line["epoch"], line.get("lr")) for line in metrics(tmp_path / d)] for d in ("run", "whole")
+    ]
+    ours, theirs = ({entry for entry in schedule if entry[2] is not None} for schedule in schedules)
+    assert ours == theirs, "only the main rank writes, and the schedule is the one of an unbroken run"
 
 
 def test_a_run_resumed_in_another_folder_has_its_own_best_weights(shard_folder: Path, tmp_path: Path) -> None:
@@ -218,7 +335,7 @@ def test_a_diverged_run_names_the_term_and_leaves_the_last_good_checkpoint(shard
         run.model.query.decoder.blocks[0].conv1[0].weight.fill_(float("nan"))
     log = RunLog(tmp_path, first_step=run.step, num_steps=run.num_steps, is_main=True)
     with pytest.raises(UserError, match=r"by step 4: total, mse, adversarial.* not finite; .*last\.pt is from before"):
-        train.train(run, meter, log)
+        train.train(run, meter, log, keeper_of(run))
     assert last.read_bytes() == good
 
 

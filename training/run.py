@@ -44,6 +44,8 @@ class Run:
     loader: PretrainLoader
     val_loader: ValidationLoader
     step: int = 0
+    is_validation_due: bool = False
+    """Whether an epoch has ended whose validation was cut off: it comes first when the run goes on."""
     best_loss: float = math.inf
     best_step: int = 0
 
