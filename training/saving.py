@@ -188,7 +188,7 @@ def restore(run: Run, path: Path) -> Meter:
         refuse_other_settings(run.settings, Settings.from_dict(state["settings"], str(path)), str(path))
         meter = _restore(run, state)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        what = f"{error} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())
         raise UserError(f"{path}: does not fit this run ({what})") from None
     _start_loader(run, path, state["loaders"])
     _settle_best(run, path)
