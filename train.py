@@ -93,7 +93,7 @@ def validate(run: Run) -> tuple[dict[str, float], list[torch.Tensor]]:
     model.eval()
     for batch in run.val_loader:
         with run.autocast():
-            keys = model.encode_keys(batch.key, shuffle_seed=0)
+            keys = model.encode_keys(batch.key)
             embedding, reconstruction = model.query(batch.query)
             losses = model.losses(embedding, reconstruction, keys, batch.target)
             disc_loss = None

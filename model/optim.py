@@ -35,7 +35,11 @@ def make_sgd(
     """
     if apex := _apex_optimizers(fused, device):
         return apex.FusedSGD(params, lr=lr, momentum=momentum, weight_decay=weight_decay)
-    return torch.optim.SGD(params, lr=lr, momentum=momentum, weight_decay=weight_decay, fused=True)
+    sgd = torch.optim.SGD(params, lr=lr, momentum=momentum, weight_decay=weight_decay, fused=True)
+    for parameter in sgd.param_groups[0]["params"]:
+        # As the first step would make it; but where loss scaling skips that one, torch leaves the memory as it found it.
+        sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return sgd
 
 
 def make_adam(
