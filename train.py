@@ -25,10 +25,11 @@ from errors import UserError, exits_on_user_error
 from model import distributed
 from model.device import choose_device
 from model.discriminator import discriminator_loss
-from model.optim import learning_rate
+from model.optim import learning_rate, set_learning_rate
 from model.unet import to_unit_range
 from rundir import RunLog, check_config, lock, write_config
 from settings import Settings
+from training.graphs import GraphedStep
 from training.run import TERMS, Meter, Run, build, say
 from training.saving import begin, export_best, save
 from training.step import stack_terms, train_step
@@ -39,15 +40,15 @@ NUM_RECONSTRUCTIONS = 8
 def train(run: Run, meter: Meter, log: RunLog) -> None:
     """Go from where `run` is to its end: one loop for every mode."""
     settings, names = run.settings, TERMS[run.settings.mode]
+    take_step = GraphedStep(run) if settings.cuda_graphs else train_step
     while run.step < run.num_steps:
         epoch = run.step // run.loader.steps_per_epoch
         lr = learning_rate(settings.lr, settings.schedule, epoch, settings.num_epochs, settings.lr_drop_epochs)
-        for group in run.optimizer.param_groups:
-            group["lr"] = lr
+        set_learning_rate(run.optimizer, lr)
         asked_at = time.monotonic()
         for batch in run.loader:
             waited_s = time.monotonic() - asked_at
-            meter.add(train_step(run, batch), waited_s)
+            meter.add(take_step(run, batch), waited_s)
             run.step += 1
             log.advance()
             ends = run.step == run.num_steps or run.step % run.loader.steps_per_epoch == 0

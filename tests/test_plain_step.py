@@ -30,8 +30,15 @@ def learner_in_float64(mode: str) -> Learner:
         adv_weight=0.5,  # the published 0.001 would hide a mistake
     )
     learner = build_learner(settings, CPU)
-    learner.model.double()
+    to_float64(learner)
     return learner
+
+
+def to_float64(learner: Learner) -> None:
+    """Make the learner compute in float64."""
+    learner.model.double()
+    for state in learner.optimizer.state.values():
+        state["momentum_buffer"] = state["momentum_buffer"].double()
 
 
 @pytest.mark.parametrize("mode", ["dir", "dira"])
