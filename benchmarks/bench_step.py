@@ -62,7 +62,8 @@ class StepBenchmark:
 
     def settings_of(self, row: str, batch_size: int) -> Settings:
         """Settings of a row; raise UsageError where there is no such row."""
-        mode, kind, *flags = [*row.split("-"), ""][:2] + row.split("-")[2:]
+        mode, _, rest = row.partition("-")
+        kind, *flags = rest.split("-")
         if mode not in {"di", "dir", "dira"} or kind not in {"plain", "fp32", "bf16", "fp16"} or {*flags} - {*FLAGS}:
             raise UsageError(f"--rows {row}: such as dir-plain, dir-fp32, dira-bf16 or dira-bf16-compile-graphs")
         if kind == "plain" and (flags or mode == "di"):
@@ -87,12 +88,9 @@ def group_by_plain(rounds: list[dict[str, Figures]], groups: Iterable[str]) -> l
     """
     rows = []
     for group in groups:
+        prefix = f"{group}-"
         of_group = [
-            {
-                name.removeprefix(f"{group}-"): figures
-                for name, figures in measured.items()
-                if name.startswith(f"{group}-")
-            }
+            {name.removeprefix(prefix): figures for name, figures in measured.items() if name.startswith(prefix)}
             for measured in rounds
         ]
         rows += [row | {"name": f"{group}-{row['name']}"} for row in summarise(of_group, baseline="plain")]

@@ -69,6 +69,7 @@ def _measure(settings: Settings, device: torch.device, seconds: float, *, is_pla
         take_step(timer)
     wait_for(device)
     step_s = (time.perf_counter() - started) / num_steps
+    phases = {f"{phase}_ms": duration for phase, duration in timer.medians_ms().items()}
     rate = settings.batch_size / step_s
     rate_per_rank = rate / distributed.world_size()
     on_gpu = device.type == "cuda"
@@ -77,7 +78,7 @@ def _measure(settings: Settings, device: torch.device, seconds: float, *, is_pla
         "images_per_second_per_gpu": rate_per_rank,
         "batch_size": settings.batch_size,
         "step_ms": 1000 * step_s,
-        **{f"{phase}_ms": duration for phase, duration in timer.medians_ms().items()},
+        **phases,
         "gflop_per_image": flops_per_image / 1e9,
         "tflop_per_second": flops_per_image * rate_per_rank / 1e12,
         "matmul_peak_tflop_per_second": peak / 1e12,

@@ -145,9 +145,8 @@ def test_momentum_is_clean_when_loss_scaling_skips_the_first_step() -> None:
 
 
 def test_a_learning_rate_is_set_in_place_where_it_is_a_tensor() -> None:
-    sgd = optim.make_sgd(
-        [nn.Parameter(torch.zeros(1))], lr=0.1, momentum=0.9, weight_decay=0, fused="torch", device=CPU
-    )
+    parameter = nn.Parameter(torch.zeros(1))
+    sgd = optim.make_sgd([parameter], lr=0.1, momentum=0.9, weight_decay=0.0, fused="auto", device=CPU)
     optim.set_learning_rate(sgd, 0.2)
     assert sgd.param_groups[0]["lr"] == 0.2
     optim.learning_rate_in_tensor(sgd, CPU)
@@ -155,6 +154,6 @@ def test_a_learning_rate_is_set_in_place_where_it_is_a_tensor() -> None:
     assert tensor.item() == pytest.approx(0.2)
     optim.set_learning_rate(sgd, 0.05)
     assert sgd.param_groups[0]["lr"] is tensor
-    sgd.param_groups[0]["params"][0].sum().backward()
+    parameter.sum().backward()
     sgd.step()
-    assert sgd.param_groups[0]["params"][0].item() == pytest.approx(-0.05)
+    assert parameter.item() == pytest.approx(-0.05)

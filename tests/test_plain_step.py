@@ -29,16 +29,16 @@ def learner_in_float64(mode: str) -> Learner:
         moco_m=0.9,
         adv_weight=0.5,  # the published 0.001 would hide a mistake
     )
-    learner = build_learner(settings, CPU)
-    to_float64(learner)
-    return learner
+    return in_float64(settings)
 
 
-def to_float64(learner: Learner) -> None:
-    """Make the learner compute in float64."""
-    learner.model.double()
-    for state in learner.optimizer.state.values():
-        state["momentum_buffer"] = state["momentum_buffer"].double()
+def in_float64(settings: Settings) -> Learner:
+    """Build a learner that computes in float64."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        return build_learner(settings, CPU)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 @pytest.mark.parametrize("mode", ["dir", "dira"])
@@ -55,8 +55,8 @@ def test_both_steps_give_the_same_losses_and_the_same_weights_in_float64(mode: s
     before = {name: tensor.clone() for name, tensor in plain.networks()}
     for step in range(2):  # the second sees what the first left in momentum, moving average and queue
         batch = Batch(*(images(NUM_IMAGES, 10 * step + i) for i in range(3)))
-        in_float64 = Batch(*(view.double() / 255 for view in batch))
-        our_terms = train_step(ours, in_float64)
+        floats = Batch(*(view.double() / 255 for view in batch))
+        our_terms = train_step(ours, floats)
         ours.step += 1
         assert our_terms.tolist() == pytest.approx(plain(plain_batch(batch, torch.float64)), rel=1e-9)
         state = ours.model.state_dict()

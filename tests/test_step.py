@@ -16,7 +16,7 @@ from pipeline.spec import Batch
 from settings import Settings
 from tests.test_dira import images
 from tests.test_distributed import run_on_ranks
-from tests.test_plain_step import to_float64
+from tests.test_plain_step import in_float64
 from training.graphs import GraphedStep
 from training.learner import Learner, build_learner
 from training.step import train_step
@@ -26,10 +26,14 @@ NUM_IMAGES = 8
 SIZE_PX = 32
 
 
-def small_learner(mode: str = "dira", device: torch.device = CPU, **changes: Any) -> Learner:
+def small_settings(mode: str = "dira", device: torch.device = CPU, **changes: Any) -> Settings:
     settings = {"arch": "resnet18", "crop_size": SIZE_PX, "moco_k": 24, "key_bn_groups": 2, "batch_size": NUM_IMAGES}
     settings |= {"precision": "fp32", "device": device.type, "moco_m": 0.9, "adv_weight": 0.1, "fused": "torch"}
-    return build_learner(Settings(shards=("none",), mode=mode, **settings | changes), device)
+    return Settings(shards=("none",), mode=mode, **settings | changes)
+
+
+def small_learner(mode: str = "dira", device: torch.device = CPU, **changes: Any) -> Learner:
+    return build_learner(small_settings(mode, device, **changes), device)
 
 
 def small_batch(seed: int, device: torch.device = CPU) -> Batch:
@@ -103,8 +107,7 @@ def _states(learner: Learner) -> dict[str, Tensor]:
 
 
 def _train_in_float64(accumulate: int) -> dict[str, Any]:
-    learner = small_learner(accumulate=accumulate)
-    to_float64(learner)
+    learner = in_float64(small_settings(accumulate=accumulate))
     freeze_batch_norm(learner)
     views = [Batch(*(view.double() / 255 for view in small_batch(step))) for step in range(3)]
     terms = []
@@ -183,5 +186,4 @@ def test_a_step_exchanges_each_gradient_once_each_key_image_once_and_each_key(tm
         sizes, parameters = result["sizes"], result["parameters"]
         assert sum(sizes["gloo:all_reduce"]) == parameters["query"] + parameters["discriminator"]
         assert len(sizes["gloo:all_to_all"]) == 1
-        assert len(sizes["gloo:all_gather"]) == 1, sizes
-        assert sizes.keys() == {"gloo:all_reduce", "gloo:all_to_all", "gloo:all_gather"}
+        assert len(sizes["gloo:all_gather"]) == 1

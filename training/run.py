@@ -73,11 +73,16 @@ class Meter:
 
 def build(settings: Settings, device: torch.device) -> Run:
     """Build everything but what a checkpoint holds. Every rank builds the same networks and queue."""
-    shard_sets = tuple(ShardSet.open(path) for path in settings.shards)
+    spec = loader_spec(settings, device)
     learner = build_learner(settings, device)
+    return Run(**vars(learner), loader=PretrainLoader(spec), val_loader=ValidationLoader(spec))
+
+
+def loader_spec(settings: Settings, device: torch.device) -> LoaderSpec:
+    """What this rank loads; opens the shard sets."""
     ranks = distributed.world_size()
-    spec = LoaderSpec(
-        shard_sets=shard_sets,
+    return LoaderSpec(
+        shard_sets=tuple(ShardSet.open(path) for path in settings.shards),
         view=ViewSpec(crop_size_px=settings.crop_size),
         distortion=None if settings.mode == "di" else DistortionSpec(),
         batch_size_per_rank=settings.batch_size // ranks,
@@ -88,7 +93,6 @@ def build(settings: Settings, device: torch.device) -> Run:
         world_size=ranks,
         num_threads=settings.data_threads or max(1, (os.cpu_count() or 1) // distributed.local_world_size()),
     )
-    return Run(**vars(learner), loader=PretrainLoader(spec), val_loader=ValidationLoader(spec))
 
 
 def say(text: str) -> None:
