@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test lint bench test-cuda12 clean
+.PHONY: demo test lint bench bench-gpu test-cuda12 clean
 
 $(VENV)/.ready: requirements.txt requirements-common.txt
 	$(PYTHON) -m venv $(VENV)
@@ -42,10 +42,22 @@ lint: $(VENV)/.ready-dev  ## Style and likely mistakes.
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
-BENCHMARKS := bench_shard bench_loader bench_stages
+BENCHMARKS := bench_shard bench_loader bench_stages bench_train
+STEP_BENCHMARKS := bench_step bench_scaling precision_band
 
 bench: $(VENV)/.ready-dev  ## All benchmarks; reports in benchmarks/results. Options: make bench OPTIONS="--images DIR".
 	for name in $(BENCHMARKS); do $(RUN) -m benchmarks.$$name $(OPTIONS) || exit 1; done
+	for name in $(STEP_BENCHMARKS); do $(RUN) -m benchmarks.$$name || exit 1; done
+	$(RUN) -m benchmarks.report
+
+bench-gpu: $(VENV)/.ready-dev  ## On a machine with GPUs: the tests that need one, and what is to be measured there.
+	$(RUN) -m pytest -q -rs tests/test_gpu.py tests/test_optim.py tests/test_graph.py
+	$(RUN) -m benchmarks.bench_loader --device cuda $(OPTIONS)
+	$(RUN) -m benchmarks.bench_step --device cuda
+	$(RUN) -m benchmarks.bench_train --device cuda --num-images 2048 $(OPTIONS)
+	$(RUN) -m benchmarks.bench_train --device cuda --num-images 2048 --modes dira --batch-size 16 --cuda-graphs $(OPTIONS)
+	$(RUN) -m benchmarks.bench_scaling --device cuda
+	$(RUN) -m benchmarks.precision_band --device cuda
 	$(RUN) -m benchmarks.report
 
 test-cuda12: $(VENV)-cuda12/.ready  ## All tests on the stack for V100 and older drivers.

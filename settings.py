@@ -87,16 +87,30 @@ class Settings:
     """auto: bf16 where the hardware has it, else fp16 on a GPU and fp32 on a CPU."""
     fused: Literal["auto", "apex", "torch"] = "auto"
     """Whose fused optimizers; auto: apex's where installed, else torch's."""
+    accumulate: int = 1
+    """Micro-batches that a step's batch goes through the network in, for cards that can't hold it in one."""
     compile: bool = False
     """Compile the networks with torch.compile."""
     timeout_s: float = 1800.0
     """With several ranks: end the run, naming the rank, when one hangs for this many seconds."""
+    cuda_graphs: bool = False
+    """Replay each step as one CUDA graph, for batches so small that launching kernels takes the time. One GPU."""
     data_threads: int | None = None
     """CPU threads a rank decodes and augments with; the machine's cores over its ranks by default."""
 
     def __post_init__(self) -> None:
         """Refuse what can't be meant."""
-        positive = ("epochs", "max_steps", "save_every", "log_every", "moco_dim", "moco_k", "moco_t", "key_bn_groups")
+        positive = (
+            "epochs",
+            "max_steps",
+            "save_every",
+            "log_every",
+            "moco_dim",
+            "moco_k",
+            "moco_t",
+            "key_bn_groups",
+            "accumulate",
+        )
         for name in (*positive, "batch_size", "lr", "disc_lr", "data_threads", "crop_size", "timeout_s"):
             value = getattr(self, name)
             if value is not None and value <= 0:
@@ -151,6 +165,7 @@ MAY_CHANGE_ON_RESUME = {
     "device",
     "compile",
     "timeout_s",
+    "cuda_graphs",
     "data_threads",
 }
 """What does not make it another run."""

@@ -25,10 +25,11 @@ from errors import UserError, exits_on_user_error
 from model import distributed
 from model.device import choose_device
 from model.discriminator import discriminator_loss
-from model.optim import learning_rate
+from model.optim import learning_rate, set_learning_rate
 from model.unet import to_unit_range
 from rundir import RunLog, check_config, lock, write_config, writing
 from settings import Settings
+from training.graphs import GraphedStep
 from training.loss_scale import SkippedSteps
 from training.run import TERMS, Meter, Run, build, say
 from training.saving import Keeper, begin, export_best
@@ -44,16 +45,16 @@ def train(run: Run, meter: Meter, log: RunLog, keeper: Keeper) -> None:
     skipped = SkippedSteps(run.scaler, run.device)
     if run.is_validation_due:
         finish_epoch(run, log, keeper)
+    take_step = GraphedStep(run) if settings.cuda_graphs else train_step
     while run.step < run.num_steps:
         epoch = run.step // run.loader.steps_per_epoch
         lr = learning_rate(settings.lr, settings.schedule, epoch, settings.num_epochs, settings.lr_drop_epochs)
-        for group in run.optimizer.param_groups:
-            group["lr"] = lr
+        set_learning_rate(run.optimizer, lr)
         asked_at = time.monotonic()
         for batch in run.loader:
             waited_s = time.monotonic() - asked_at
             keeper.has_batch()
-            meter.add(train_step(run, batch), waited_s)
+            meter.add(take_step(run, batch), waited_s)
             skipped.add_step()
             run.step += 1
             keeper.moved()
@@ -112,7 +113,7 @@ def validate(run: Run, keeper: Keeper) -> tuple[dict[str, float] | None, list[to
             sums[-1] = 1
             break
         with run.autocast():
-            keys = model.encode_keys(batch.key, shuffle_seed=0)
+            keys = model.encode_keys(batch.key)
             embedding, reconstruction = model.query(batch.query)
             losses = model.losses(embedding, reconstruction, keys, batch.target)
             disc_loss = None

@@ -61,10 +61,10 @@ def summarise(rounds: list[dict[str, Figures]], baseline: str) -> list[dict[str,
     return rows
 
 
-def in_fresh_process(function: str, **arguments: Any) -> Figures:
+def in_fresh_process(function: str, num_ranks: int = 1, **arguments: Any) -> Figures:
     """Call a function, named `module:function`, in a Python process whose imports and memory are its own.
 
-    Arguments and result travel as JSON.
+    Arguments and result travel as JSON. With several ranks, torchrun calls it in as many processes, which must agree.
 
     Raises:
         UserError: As it does; if it fails otherwise, with the last line that it wrote to standard error.
@@ -72,12 +72,14 @@ def in_fresh_process(function: str, **arguments: Any) -> Figures:
     module, name = function.split(":")
     code = f"import json, sys; from {module} import {name} as f; print(json.dumps(f(**json.loads(sys.argv[1]))))"
     command = [sys.executable, "-c", code, json.dumps(arguments)]
+    if num_ranks > 1:
+        torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks), "--no-python")
+        command = [sys.executable, *torchrun, *command]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
-        reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-        error, _, message = reason.partition(": ")
-        is_users = error == f"{UserError.__module__}.{UserError.__qualname__}"
-        raise UserError(message if is_users else f"{function}, called with {json.dumps(arguments)}: {reason}")
+        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        users = [match[1] for line in lines if (match := re.search(r"errors\.U\w+Error: (.*)", line))]
+        raise UserError(users[0] if users else f"{function}, called with {json.dumps(arguments)}: {lines[-1]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -3,6 +3,7 @@
 from contextlib import AbstractContextManager
 
 import torch
+from torch import Tensor
 
 from errors import UserError
 
@@ -41,3 +42,14 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Non
     """Forward passes run in here; with fp32 it does nothing."""
     dtype = AUTOCAST_DTYPES[precision]
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+
+
+def at_least_fp32(tensor: Tensor) -> Tensor:
+    """The tensor in fp32, as losses need it under autocast; in fp64, in which the tests compare, it stays."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def wait_for(device: torch.device) -> None:
+    """Return once the device has done all that it was asked to."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

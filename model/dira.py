@@ -1,5 +1,6 @@
 """DiRA: discriminative, restorative and adversarial learning united (Haghighi et al., CVPR 2022)."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -87,7 +88,9 @@ class DiRA(nn.Module):
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.int64))
 
     @torch.no_grad()
-    def encode_keys(self, images: Tensor, shuffle_seed: int) -> Keys:
+    def encode_keys(
+        self, images: Tensor, permutation: Tensor | None = None, mark: Callable[[str], None] = lambda _: None
+    ) -> Keys:
         """Embed the key views so that BN gives no query away.
 
         A query is normalised with its own batch's statistics. Were its key normalised with the same images', the two
@@ -98,17 +101,21 @@ class DiRA(nn.Module):
 
         Args:
             images: uint8 [B, 1, H, W]; in training mode B is the same on every rank.
-            shuffle_seed: The same on every rank, and another for each step.
+            permutation: From `moco.shuffle_permutation`, of the global batch; the same on every rank. Not looked at in
+                eval mode. With several ranks it must be on the CPU.
+            mark: Called with `communication` and `forward_key` when such a part has ended, for benchmarks.
         """
         if not self.training:
             local, _ = self.key(images)
             return Keys(local, local)
         size, ranks, rank = len(images), distributed.world_size(), distributed.rank()
-        permutation = moco.shuffle_permutation(ranks * size, shuffle_seed)
         shuffled = distributed.exchange(images, permutation)
+        mark("communication")
         num_groups = 1 if ranks > 1 else max(1, min(self.key_bn_groups, size // 2))
         embedded = torch.cat([self.key(group)[0] for group in shuffled.tensor_split(num_groups)])
+        mark("forward_key")
         everyones = moco.unshuffle(distributed.all_gather(embedded), permutation)
+        mark("communication")
         return Keys(everyones[rank * size : (rank + 1) * size], everyones)
 
     def losses(self, embedding: Tensor, reconstruction: Tensor | None, keys: Keys, target: Tensor) -> Losses:

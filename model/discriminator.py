@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from model.device import at_least_fp32
 from model.unet import to_unit_range
 
 
@@ -48,7 +49,7 @@ def discriminator_loss(discriminator: nn.Module, real: Tensor, fake: Tensor) -> 
         fake: Floating point [B, 1, H, W] in 0..1. No gradient flows back to what made it.
     """
     images = torch.cat((to_unit_range(real), fake.detach()))
-    on_real, on_fake = discriminator(images).float().chunk(2)
+    on_real, on_fake = at_least_fp32(discriminator(images)).chunk(2)
     return 0.5 * ((on_real - 1).square().mean() + on_fake.square().mean())
 
 
@@ -58,7 +59,7 @@ def adversarial_loss(discriminator: PatchDiscriminator, fake: Tensor) -> Tensor:
     Its backward pass computes no weight gradients. Hand over the plain module: DDP has nothing to do here.
     """
     with _frozen(discriminator):
-        return (discriminator(fake).float() - 1).square().mean()
+        return (at_least_fp32(discriminator(fake)) - 1).square().mean()
 
 
 @contextmanager

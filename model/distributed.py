@@ -5,6 +5,7 @@ A *global batch* is the ranks' batches of equal size, one after the other in the
 
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import TypeVar
 
@@ -203,10 +204,11 @@ def exchange(images: Tensor, permutation: Tensor) -> Tensor:
     return torch.empty_like(incoming).index_copy_(0, places, incoming)
 
 
-def wrap_ddp(module: nn.Module) -> nn.Module:
+def wrap_ddp(module: nn.Module, *, static_graph: bool = True) -> nn.Module:
     """The module with its gradients averaged over the ranks and its BN statistics left to each; itself on one rank.
 
-    Every parameter must take part in every backward pass, in the same graph (`static_graph`).
+    Every parameter must take part in every backward pass; with `static_graph`, which is faster, in the same graph, and
+    then there is no `without_averaging` (torch 2.12 fails an assertion of its own).
     """
     if world_size() == 1:
         return module
@@ -216,5 +218,10 @@ def wrap_ddp(module: nn.Module) -> nn.Module:
         device_ids=[device] if device.type == "cuda" else None,
         broadcast_buffers=False,
         gradient_as_bucket_view=True,
-        static_graph=True,
+        static_graph=static_graph,
     )
+
+
+def without_averaging(module: nn.Module) -> AbstractContextManager[None]:
+    """Passes in here add to this rank's own gradients; the next pass outside averages all that was added up."""
+    return module.no_sync() if isinstance(module, DistributedDataParallel) else nullcontext()

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.device import at_least_fp32
+
 
 def info_nce(query: Tensor, key: Tensor, queue: Tensor, temperature: float) -> Tensor:
     """The contrastive loss, equation 1 of the MoCo paper, in fp32 even under autocast.
@@ -20,7 +22,7 @@ def info_nce(query: Tensor, key: Tensor, queue: Tensor, temperature: float) -> T
         Scalar: the mean over the queries of -log(exp(q.k / t) / (exp(q.k / t) + sum_j exp(q.queue_j / t))).
     """
     with torch.autocast(query.device.type, enabled=False):
-        query, key, queue = query.float(), key.float(), queue.float()
+        query, key, queue = map(at_least_fp32, (query, key, queue))
         positive = (query * key).sum(dim=1, keepdim=True)
         logits = torch.cat((positive, query @ queue.T), dim=1) / temperature
         return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.int64, device=logits.device))

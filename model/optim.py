@@ -8,7 +8,7 @@ from types import ModuleType
 import torch
 from torch import nn
 
-from errors import UserError
+from errors import UsageError, UserError
 
 APEX_HELP = (
     "build it from source (https://github.com/NVIDIA/apex, with its C++ and CUDA extensions) or use NVIDIA's PyTorch "
@@ -35,7 +35,11 @@ def make_sgd(
     """
     if apex := _apex_optimizers(fused, device):
         return apex.FusedSGD(params, lr=lr, momentum=momentum, weight_decay=weight_decay)
-    return torch.optim.SGD(params, lr=lr, momentum=momentum, weight_decay=weight_decay, fused=True)
+    sgd = torch.optim.SGD(params, lr=lr, momentum=momentum, weight_decay=weight_decay, fused=True)
+    for parameter in sgd.param_groups[0]["params"]:
+        # As the first step would make it: were it skipped for an overflow in fp16, torch would go on with stray memory.
+        sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return sgd
 
 
 def make_adam(
@@ -50,6 +54,29 @@ def make_adam(
     if apex := _apex_optimizers(fused, device):
         return apex.FusedAdam(params, lr=lr, betas=betas)
     return torch.optim.Adam(params, lr=lr, betas=betas, fused=True)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set it for the next step; where it is kept in a tensor, in place."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+
+
+def learning_rate_in_tensor(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+    """Make torch's fused SGD or Adam fit for capture in a CUDA graph, which reads the learning rate from the device.
+
+    Raises:
+        UsageError: It is apex's.
+    """
+    if not isinstance(optimizer, torch.optim.SGD | torch.optim.Adam):
+        raise UsageError("--cuda-graphs takes torch's optimizers: pass --fused torch")
+    for group in optimizer.param_groups:
+        group["lr"] = torch.tensor(float(group["lr"]), device=device)
+        if "capturable" in group:
+            group["capturable"] = True
 
 
 def _apex_optimizers(fused: str, device: torch.device) -> ModuleType | None:

@@ -5,6 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.device import at_least_fp32
+
 ARCHS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 """The encoders whose tensors have the same names in segmentation_models_pytorch, torchvision and timm."""
 
@@ -79,8 +81,8 @@ class UNet(nn.Module):
             or None without a decoder. Both end in fp32 under autocast too.
         """
         features = self.encoder(to_unit_range(images))
-        embedding = F.normalize(self.projection(features[-1].mean(dim=(2, 3))).float(), dim=1)
+        embedding = F.normalize(at_least_fp32(self.projection(features[-1].mean(dim=(2, 3)))), dim=1)
         if self.decoder is None:
             return embedding, None
         logits = self.segmentation_head[0](self.decoder(features))  # what follows in the head is its sigmoid
-        return embedding, torch.sigmoid(logits.float())
+        return embedding, torch.sigmoid(at_least_fp32(logits))

@@ -61,7 +61,7 @@ def test_networks_start_equal_and_only_the_modes_own_parts_are_there() -> None:
 @pytest.mark.parametrize("mode", MODES)
 def test_total_is_the_weighted_sum_of_the_modes_own_terms(mode: str) -> None:
     model = build(mode, weights=LossWeights(contrastive=2.0, mse=3.0, adversarial=0.5)).eval()
-    keys = model.encode_keys(images(3, 1), shuffle_seed=0)
+    keys = model.encode_keys(images(3, 1))
     embedding, reconstruction = model.query(images(3, 2))
     losses = model.losses(embedding, reconstruction, keys, images(3, 3))
     similarity = embedding.detach().double() @ torch.cat((keys.local, model.queue)).double().T / 0.2
@@ -86,7 +86,7 @@ def test_total_is_the_weighted_sum_of_the_modes_own_terms(mode: str) -> None:
 @pytest.mark.parametrize("mode", MODES)
 def test_the_generators_step_reaches_every_query_parameter_and_nothing_else(mode: str) -> None:
     model = build(mode)
-    keys = model.encode_keys(images(4, 1), shuffle_seed=0)
+    keys = model.encode_keys(images(4, 1), shuffle_permutation(4, 0))
     model.losses(*model.query(images(4, 2)), keys, images(4, 3)).total.backward()
     without = {name for name, parameter in model.named_parameters() if parameter.grad is None}
     assert without == {name for name, _ in model.named_parameters() if not name.startswith("query.")}
@@ -98,7 +98,7 @@ def test_a_pass_changes_nothing_but_bn_statistics_and_in_eval_mode_nothing() -> 
     for training in (True, False):
         model.train(training)
         before = snapshot(model)
-        keys = model.encode_keys(images(4, 1), shuffle_seed=0)
+        keys = model.encode_keys(images(4, 1), shuffle_permutation(4, 0))
         outputs = model.query(images(4, 2))
         names = changed(before, model)
         assert all(is_bn_statistic(name) for name in names)
@@ -143,7 +143,7 @@ def encode_and_watch(model: DiRA, key_images: Tensor, seed: int) -> tuple[Keys, 
     """The keys, and the batches of images that the key network was called with."""
     seen: list[Tensor] = []
     hook = model.key.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
-    keys = model.encode_keys(key_images, seed)
+    keys = model.encode_keys(key_images, shuffle_permutation(distributed.world_size() * len(key_images), seed))
     hook.remove()
     return keys, seen
 
@@ -171,7 +171,7 @@ def test_on_one_rank_keys_are_normalised_in_shuffled_groups(num_images: int, num
 
 def test_a_keys_group_changes_with_the_seed_and_shows_in_its_embedding() -> None:
     model, batch = build("di"), images(8, 1)
-    one, again, other = (model.encode_keys(batch, seed).local for seed in (0, 0, 1))
+    one, again, other = (model.encode_keys(batch, shuffle_permutation(8, seed)).local for seed in (0, 0, 1))
     torch.testing.assert_close(one, again)
     together, _ = model.key(batch)
     for embedded in (other, together):
@@ -209,7 +209,7 @@ def _train(_: Path) -> dict[str, Any]:
             discriminator = distributed.wrap_ddp(model.discriminator)
             its_optimizer = torch.optim.SGD(discriminator.parameters(), lr=0.1)
         for step in range(2):
-            keys = model.encode_keys(views[0], step)
+            keys = model.encode_keys(views[0], shuffle_permutation(6, step))
             embedding, reconstruction = query(views[1])
             losses = model.losses(embedding, reconstruction, keys, views[2])
             optimizer.zero_grad()

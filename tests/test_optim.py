@@ -128,3 +128,32 @@ def test_schedules_are_torchs(schedule: str) -> None:
         assert rate == pytest.approx(reference.param_groups[0]["lr"], rel=1e-9)
         reference.step()
         schedulers[schedule].step()
+
+
+def test_momentum_is_clean_when_loss_scaling_skips_the_first_step() -> None:
+    parameter = nn.Parameter(torch.zeros(1000))
+    sgd = optim.make_sgd([parameter], lr=1.0, momentum=0.9, weight_decay=0.0, fused="torch", device=CPU)
+    scaler = torch.amp.GradScaler("cpu")
+    stray = [torch.full((1000,), 7.0) for _ in range(50)]
+    del stray  # what torch would take for the momentum
+    for gradient in (math.inf, 1.0, 1.0):
+        sgd.zero_grad()
+        scaler.scale((parameter * gradient).sum()).backward()
+        scaler.step(sgd)
+        scaler.update()
+    torch.testing.assert_close(parameter.detach(), torch.full((1000,), -1 - 1.9))
+
+
+def test_a_learning_rate_is_set_in_place_where_it_is_a_tensor() -> None:
+    parameter = nn.Parameter(torch.zeros(1))
+    sgd = optim.make_sgd([parameter], lr=0.1, momentum=0.9, weight_decay=0.0, fused="auto", device=CPU)
+    optim.set_learning_rate(sgd, 0.2)
+    assert sgd.param_groups[0]["lr"] == 0.2
+    optim.learning_rate_in_tensor(sgd, CPU)
+    tensor = sgd.param_groups[0]["lr"]
+    assert tensor.item() == pytest.approx(0.2)
+    optim.set_learning_rate(sgd, 0.05)
+    assert sgd.param_groups[0]["lr"] is tensor
+    parameter.sum().backward()
+    sgd.step()
+    assert parameter.item() == pytest.approx(-0.05)

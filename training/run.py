@@ -3,22 +3,17 @@
 import math
 import os
 import time
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
 
-from errors import UserError
 from model import distributed
-from model.device import autocast, choose_precision
-from model.dira import DiRA, LossWeights
-from model.optim import make_adam, make_sgd
 from pipeline.loader import LoaderSpec, PretrainLoader, ValidationLoader
 from pipeline.shardset import ShardSet
 from pipeline.spec import DistortionSpec, ViewSpec
 from settings import Settings
+from training.learner import Learner, build_learner
 
 TERMS = {
     "di": ("total", "contrastive"),
@@ -27,23 +22,12 @@ TERMS = {
 }
 
 
-@dataclass
-class Run:
-    """What a run is made of, on one rank."""
+@dataclass(kw_only=True)
+class Run(Learner):
+    """A learner with its data, and how far it has come."""
 
-    settings: Settings
-    device: torch.device
-    precision: str
-    model: DiRA
-    query: nn.Module
-    """`model.query`, its gradients averaged over the ranks; so is `discriminator`."""
-    discriminator: nn.Module | None
-    optimizer: torch.optim.Optimizer
-    disc_optimizer: torch.optim.Optimizer | None
-    scaler: torch.amp.GradScaler
     loader: PretrainLoader
     val_loader: ValidationLoader
-    step: int = 0
     is_validation_due: bool = False
     """Whether an epoch has ended whose validation was cut off: it comes first when the run goes on."""
     best_loss: float = math.inf
@@ -59,10 +43,6 @@ class Run:
     def checkpoints(self) -> Path:
         """Where last.pt and best.pt are."""
         return Path(self.settings.run_path) / "checkpoints"
-
-    def autocast(self) -> AbstractContextManager[None]:
-        """Forward passes run in here."""
-        return autocast(self.device, self.precision)
 
 
 class Meter:
@@ -95,11 +75,15 @@ class Meter:
 
 def build(settings: Settings, device: torch.device) -> Run:
     """Build everything but what a checkpoint holds. Every rank builds the same networks and queue."""
-    torch.manual_seed(settings.seed)
+    spec = loader_spec(settings, device)
+    learner = build_learner(settings, device)
+    return Run(**vars(learner), loader=PretrainLoader(spec), val_loader=ValidationLoader(spec))
+
+
+def loader_spec(settings: Settings, device: torch.device) -> LoaderSpec:
+    """What this rank loads; opens the shard sets."""
     ranks = distributed.world_size()
-    if settings.batch_size % ranks:
-        raise UserError(f"--batch-size {settings.batch_size} can't be shared out evenly over {ranks} ranks")
-    spec = LoaderSpec(
+    return LoaderSpec(
         shard_sets=tuple(ShardSet.open(path) for path in settings.shards),
         view=ViewSpec(crop_size_px=settings.crop_size),
         distortion=None if settings.mode == "di" else DistortionSpec(),
@@ -110,42 +94,6 @@ def build(settings: Settings, device: torch.device) -> Run:
         rank=distributed.rank(),
         world_size=ranks,
         num_threads=settings.data_threads or max(1, (os.cpu_count() or 1) // distributed.local_world_size()),
-    )
-    loader, val_loader = PretrainLoader(spec), ValidationLoader(spec)
-    model = DiRA(
-        arch=settings.arch,
-        mode=settings.mode,
-        moco_dim=settings.moco_dim,
-        moco_k=settings.moco_k,
-        moco_m=settings.moco_m,
-        moco_t=settings.moco_t,
-        key_bn_groups=settings.key_bn_groups,
-        weights=LossWeights(settings.contrastive_weight, settings.mse_weight, settings.adv_weight),
-    ).to(device, memory_format=torch.channels_last)
-    if settings.compile:
-        for network in filter(None, (model.query, model.key, model.discriminator)):
-            network.compile()
-    fused = {"fused": settings.fused, "device": device}
-    precision = choose_precision(settings.precision, device)
-    disc = model.discriminator
-    return Run(
-        settings=settings,
-        device=device,
-        precision=precision,
-        model=model,
-        query=distributed.wrap_ddp(model.query),
-        discriminator=disc and distributed.wrap_ddp(disc),
-        optimizer=make_sgd(
-            model.query.parameters(),
-            lr=settings.lr,
-            momentum=settings.momentum,
-            weight_decay=settings.weight_decay,
-            **fused,
-        ),
-        disc_optimizer=disc and make_adam(disc.parameters(), lr=settings.disc_lr, betas=(0.5, 0.999), **fused),
-        scaler=torch.amp.GradScaler(device.type, enabled=precision == "fp16"),
-        loader=loader,
-        val_loader=val_loader,
     )
 
 
