@@ -1,7 +1,8 @@
-"""The one DALI graph, for CPU and GPU: read, decode, two views, distortion. No other file holds DALI operators.
+"""The one DALI graph, for CPU and GPU: read, decode, two views, distortion. `pipeline` has no DALI operators elsewhere.
 
 What keeps it true on a GPU: named arguments (sigma, factors, rectangles) are CPU data, so that whatever depends on
 pixels, such as the image's own mean, is arithmetic in the graph; and nothing on the CPU follows what is on the GPU.
+Where a CPU has a faster way to the same pixels, the graph asks for the device of the image.
 """
 
 import math
