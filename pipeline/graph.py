@@ -1,9 +1,10 @@
-"""The DALI graphs, for CPU and GPU; no other file holds DALI operators.
+"""The DALI graphs, for CPU and GPU; `pipeline` has no DALI operators elsewhere.
 
 `build_graph` is for pre-training: read, decode, two views, distortion; `build_labelled_graph` for whoever has labels.
 
 What keeps it true on a GPU: named arguments (sigma, factors, rectangles) are CPU data, so that whatever depends on
 pixels, such as the image's own mean, is arithmetic in the graph; and nothing on the CPU follows what is on the GPU.
+Where a CPU has a faster way to the same pixels, the graph asks for the device of the image.
 """
 
 import math
