@@ -105,10 +105,9 @@ def classify(settings: ClassifySettings) -> dict[str, Any]:
             return {}
         results = {"runs": runs, **summarise(runs)}
         write_json(folder / "results.json", results)
-    for name, mean in results["mean"].items():
-        std = results["std"][name]
-        spread = "" if std is None else f" ± {std:.4f} over {settings.runs} runs"
-        say(f"{settings.weights}: {name} {mean:.4f}{spread}; all of it in {folder}")
+    spreads = {name: "" if std is None else f" ± {std:.4f}" for name, std in results["std"].items()}
+    shown = ", ".join(f"{name} {mean:.4f}{spreads[name]}" for name, mean in results["mean"].items())
+    say(f"{settings.weights}, {settings.runs} runs: {shown}; all of it in {folder}")
     return results
 
 
@@ -296,9 +295,14 @@ def test(run: FineTuning, folder: Path) -> dict[str, Any]:
     predictions = gather(look(run, run.test_loader, ten_crops))
     if predictions is None:
         return {}
+    scores = score(predictions, run.label_names, folder)
+    for name, area in scores["auc"].items():
+        say(f"  {name:20} {area:.4f}")
+    if scores["left_out"]:
+        say(f"  left out, as the test split has one class only: {', '.join(scores['left_out'])}")
     return {
         "seed": run.settings.seed,
-        **score(predictions, run.label_names, folder),
+        **scores,
         "num_train": run.loader.num_samples,
         "best_epoch": run.best_epoch,
         "num_epochs": run.epoch,
@@ -311,11 +315,6 @@ def score(predictions: Predictions, names: tuple[str, ...], folder: Path, prefix
     write_predictions(folder / f"{prefix}predictions.csv", predictions, names)
     draw_roc_curves(folder / f"{prefix}roc.png", predictions.labels, predictions.probabilities, names)
     areas = auc(predictions.labels, predictions.probabilities, names)
-    for name, area in areas.by_finding.items():
-        say(f"  {name:20} {area:.4f}")
-    if areas.left_out:
-        say(f"  left out of the mean, as the test split has one class only: {', '.join(areas.left_out)}")
-    say(f"  {prefix}mean AUC {areas.mean:.4f} on {len(predictions.keys)} test images")
     return {
         f"{prefix}mean_auc": areas.mean,
         f"{prefix}auc": areas.by_finding,
@@ -331,9 +330,8 @@ def check_features(settings: ClassifySettings, folder: Path, device: torch.devic
     """Score the frozen encoder on the test split, by centre crops."""
     torch.manual_seed(settings.seed)
     shard_sets, names = open_labelled(settings)
-    network, summary = load_classifier(settings.weights, settings.arch, len(names))
-    say(f"seed {settings.seed}: {summary}")
-    network = network.to(device, memory_format=torch.channels_last)
+    initialised = load_classifier(settings.weights, settings.arch, len(names))
+    network = initialised.network.to(device, memory_format=torch.channels_last)
     spec = loader_spec(settings, shard_sets, device)
     with tempfile.TemporaryDirectory() as index_folder:
         parts = labelled_part(settings, shard_sets, Path(index_folder)), whole_split(shard_sets, "test")

@@ -97,7 +97,7 @@ def load_classifier(weights: str, arch: str, num_classes: int) -> Initialised[Cl
     """
     given = _given_weights(weights, arch)
     network = Classifier(arch, num_classes, is_normalised=given.is_normalised)
-    return Initialised(network, _initialise(network, given, "query.encoder.", ("fc.",), "final layer"))
+    return Initialised(network, _initialise(network, given, "query.encoder.", "final layer"))
 
 
 def load_unet(weights: str, arch: str, num_classes: int = 1) -> Initialised[smp.Unet]:
@@ -111,7 +111,7 @@ def load_unet(weights: str, arch: str, num_classes: int = 1) -> Initialised[smp.
     network = smp.Unet(arch, encoder_weights=None, in_channels=3, classes=num_classes)
     stem = NormalisedGreyConv2d if given.is_normalised else GreyConv2d
     network.encoder.conv1 = grey_stem(network.encoder.conv1, stem)
-    return Initialised(network, _initialise(network, given, "query.", ("segmentation_head.",), "segmentation head"))
+    return Initialised(network, _initialise(network, given, "query.", "segmentation head"))
 
 
 def save_classifier(path: Path, network: Classifier, label_names: tuple[str, ...], resized_size_px: int = 256) -> None:
@@ -194,13 +194,11 @@ def _imagenet_weights(arch: str) -> dict[str, Any]:
         ) from None
 
 
-def _initialise(
-    network: nn.Module, given: _Weights, prefix: str, head_prefixes: tuple[str, ...], head_name: str
-) -> str:
+def _initialise(network: nn.Module, given: _Weights, prefix: str, head: str) -> str:
     """Put in every part that both have; `prefix` makes the network's names those of `DiRA.state_dict()`."""
     if given.tensors is None:
         return "random weights: everything starts fresh"
-    wanted_all = {prefix + name: tensor for name, tensor in _without(network.state_dict(), *head_prefixes).items()}
+    wanted_all = {prefix + name: tensor for name, tensor in _without(network.state_dict(), "fc.").items()}
     state, taken, fresh = {}, [], []
     for part, letters in _PREFIXES.items():
         offered, wanted = (
@@ -214,8 +212,8 @@ def _initialise(
         elif wanted:
             fresh.append(part)
     network.load_state_dict(state, strict=False)  # strict where it matters: each part has been checked
-    return f"{given.name} ({given.kind}): {listed(taken)} taken, {listed([*fresh, head_name])} fresh"
+    return f"{given.name} ({given.kind}): {listed(taken)} taken, {listed([*fresh, head])} fresh"
 
 
-def _without(tensors: dict[str, Tensor], *prefixes: str) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in tensors.items() if not name.startswith(prefixes)}
+def _without(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith(prefix)}

@@ -123,12 +123,19 @@ def test_seeds_are_runs_with_a_mean_and_a_deviation_and_are_not_run_again(phanto
     assert two["std"]["dice_per_image"] == pytest.approx(np.std(dices, ddof=1))
 
 
-def test_training_stops_when_patience_ends(phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    losses = iter([0.5, 0.4, 0.4, 0.6, 0.1])
-    monkeypatch.setattr(module, "_validate", lambda *_: {"loss": next(losses), "dice": 0.0})
-    results = segment(settings_for(phantoms, tmp_path, epochs=9, patience=2, num_train=2))
-    assert results["runs"][0]["best_epoch"] == 1
-    assert len(logged(tmp_path / "seed-0")) == 2 * 4
+def test_training_stops_when_patience_ends_and_keeps_the_best_weights(
+    phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = []
+    for epochs in (9, 2):
+        losses = iter([0.5, 0.4, 0.4, 0.6, 0.1])
+        monkeypatch.setattr(module, "_validate", lambda *_, losses=losses: {"loss": next(losses), "dice": 0.0})
+        folder = tmp_path / str(epochs)
+        results = segment(settings_for(phantoms, folder, epochs=epochs, patience=2, num_train=2))
+        assert results["runs"][0]["best_epoch"] == 1
+        assert len(logged(folder / "seed-0")) == 2 * min(epochs, 4)
+        weights.append(torch.load(folder / "seed-0" / "unet.pth"))
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
 def test_validation_is_the_dice_loss_of_all_pixels_and_leaves_the_network_alone(phantoms: Path, tmp_path: Path) -> None:
