@@ -37,6 +37,8 @@ class Settings:
     """Steps between checkpoints; there is one at each epoch's end too."""
     log_every: int = 50
     """Steps between lines of metrics; there is one at each epoch's end too."""
+    probe_every: int | None = None
+    """Epochs between scores of the query encoder by nearest neighbours and a linear probe, on shards with labels."""
 
     # The network
     arch: Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"] = "resnet50"
@@ -110,6 +112,7 @@ class Settings:
             "moco_t",
             "key_bn_groups",
             "accumulate",
+            "probe_every",
         )
         for name in (*positive, "batch_size", "lr", "disc_lr", "data_threads", "crop_size", "timeout_s"):
             value = getattr(self, name)
@@ -162,6 +165,7 @@ MAY_CHANGE_ON_RESUME = {
     "max_steps",
     "save_every",
     "log_every",
+    "probe_every",
     "device",
     "compile",
     "timeout_s",

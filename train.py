@@ -85,6 +85,8 @@ def finish_epoch(run: Run, log: RunLog, keeper: Keeper) -> None:
         keeper.stop(Meter())
     line = {"phase": "val", "step": run.step, "epoch": epoch, **terms}
     refuse_divergence(run, line)
+    if run.probe is not None and (is_last or (epoch + 1) % run.settings.probe_every == 0):
+        line |= run.probe.run(run.model.query.encoder)
     log.write(line)
     if pictures and (is_last or epoch % max(1, run.settings.num_epochs // 50) == 0):
         log.write_reconstructions(run.step, *pictures)

@@ -383,3 +383,16 @@ def test_the_command_ends_on_bad_input_with_one_line_and_on_bad_usage_with_statu
     odd = run_command("train.py", shard_folder, "--mode", "dir", "--crop-size", "100")
     assert (odd.returncode, len(odd.stderr.splitlines())) == (2, 1), odd.stderr
     assert run_command("train.py", shard_folder, "--mode", "gan").returncode == 2
+
+
+def test_a_probe_scores_the_encoder_and_leaves_the_run_as_it_is(shard_folder: Path, tmp_path: Path) -> None:
+    train.pretrain(small(shard_folder, tmp_path / "plain", "di"), CPU)
+    train.pretrain(small(shard_folder, tmp_path / "probed", "di", probe_every=1), CPU)
+    plain, probed = (last_checkpoint(tmp_path / name) for name in ("plain", "probed"))
+    plain.pop("settings"), probed.pop("settings")
+    assert_same(plain, probed)
+    scores = {"probe_knn_auc", "probe_linear_auc"}
+    lines = metrics(tmp_path / "probed")
+    assert [scores <= line.keys() for line in lines] == [line["phase"] == "val" for line in lines]
+    without = [{name: value for name, value in line.items() if name not in scores} for line in lines]
+    assert without == metrics(tmp_path / "plain")

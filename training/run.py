@@ -5,6 +5,7 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -14,6 +15,9 @@ from pipeline.shardset import ShardSet
 from pipeline.spec import DistortionSpec, ViewSpec
 from settings import Settings
 from training.learner import Learner, build_learner
+
+if TYPE_CHECKING:
+    from downstream.probe import Probe
 
 TERMS = {
     "di": ("total", "contrastive"),
@@ -28,6 +32,8 @@ class Run(Learner):
 
     loader: PretrainLoader
     val_loader: ValidationLoader
+    probe: "Probe | None"
+    """Scores the encoder every `--probe-every` epochs."""
     is_validation_due: bool = False
     """Whether an epoch has ended whose validation was cut off: it comes first when the run goes on."""
     best_loss: float = math.inf
@@ -77,7 +83,26 @@ def build(settings: Settings, device: torch.device) -> Run:
     """Build everything but what a checkpoint holds. Every rank builds the same networks and queue."""
     spec = loader_spec(settings, device)
     learner = build_learner(settings, device)
-    return Run(**vars(learner), loader=PretrainLoader(spec), val_loader=ValidationLoader(spec))
+    return Run(
+        **vars(learner),
+        loader=PretrainLoader(spec),
+        val_loader=ValidationLoader(spec),
+        probe=build_probe(learner, spec) if settings.probe_every else None,
+    )
+
+
+def build_probe(learner: Learner, spec: LoaderSpec) -> "Probe":
+    """What scores the encoder meanwhile; raises UserError where the sets have no labels."""
+    from downstream.probe import Probe  # noqa: PLC0415 - scikit-learn is not loaded for runs without a probe
+
+    return Probe(
+        spec.shard_sets,
+        spec.view.crop_size_px,
+        spec.batch_size_per_rank,
+        learner.device,
+        precision=learner.precision,
+        num_threads=spec.num_threads,
+    )
 
 
 def loader_spec(settings: Settings, device: torch.device) -> LoaderSpec:
