@@ -36,7 +36,7 @@ def test_a_state_that_is_not_finite_is_never_written_and_is_named(tmp_path: Path
     writer = CheckpointWriter(tmp_path, CPU)
     writer.write(state(1), is_best=True)
     writer.wait()
-    bad = {"meter": {"mse": torch.tensor(float("nan"))}, **state(2, value=float("inf"))}
+    bad = {"meters": [{"mse": torch.tensor(float("nan"))}] * 2, **state(2, value=float("inf"))}
     writer.write(bad, is_best=True)
     with pytest.raises(
         UserError, match=r"diverged by step 2: mse, model\.weight not finite; .*last\.pt is from before"

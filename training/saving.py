@@ -105,8 +105,9 @@ class Keeper:
 def describe(run: Run, meter: Meter) -> dict[str, Any]:
     """All that the run needs to go on, on the main rank; the tensors are the run's own. To be called on all ranks."""
     terms = TERMS[run.settings.mode]
+    sums = {} if meter.sums is None else dict(zip(terms, meter.sums.cpu(), strict=True))
     return {
-        "meter": {} if meter.sums is None else dict(zip(terms, meter.sums, strict=True)),
+        "meters": distributed.gather_objects(sums),
         "meter_num_steps": meter.num_steps,
         "format": FORMAT,
         "version": VERSION,
@@ -203,8 +204,11 @@ def _restore(run: Run, state: dict[str, Any]) -> Meter:
     run.scaler.load_state_dict(state["scaler"])
     run.step, run.best_loss, run.best_step = state["step"], state["best_loss"], state["best_step"]
     run.is_validation_due = state["is_validation_due"]
-    sums = [state["meter"][term] for term in TERMS[run.settings.mode]] if state["meter"] else None
-    return Meter(sums and torch.stack(sums), state["meter_num_steps"])
+    if not state["meter_num_steps"]:
+        return Meter()
+    meters = torch.stack([torch.stack([sums[term] for term in TERMS[run.settings.mode]]) for sums in state["meters"]])
+    is_same_ranks = len(meters) == distributed.world_size()
+    return Meter(meters[distributed.rank()] if is_same_ranks else meters.mean(dim=0), state["meter_num_steps"])
 
 
 def _start_loader(run: Run, path: Path, loaders: list[dict[str, Any]]) -> None:

@@ -1,5 +1,6 @@
 """Checkpoints written beside the training, so that a step waits for a copy in memory and not for the disk."""
 
+import re
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,8 @@ class CheckpointWriter:
     def _write(self, state: dict[str, Any], is_best: bool) -> None:
         last, previous = self._folder / "last.pt", self._folder / "previous.pt"
         kept = f"{last} is from before" if last.exists() else "nothing was saved before"
-        if wrong := [name.removeprefix("meter.") for name in find_not_finite(state)]:
+        # A term of the loss is named as such, whichever rank's it is
+        if wrong := list(dict.fromkeys(re.sub(r"^meters\.\d+\.", "", name) for name in find_not_finite(state))):
             some = ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
             raise UserError(
                 f"the run diverged by step {state['step']}: {some} not finite; {kept}: try a smaller --lr or fp32"

@@ -11,8 +11,8 @@ from tests.faults.report import Tally
 from tests.faults.runs import CONFIGS, make_shards, read_lines, running, train_command
 from tests.faults.training import new_folder
 
-MAX_MIB_PER_1000_STEPS = 10.0
-"""What memory may grow by; some does with the lines of metrics, which are kept for the curves."""
+MAX_GROWTH_MIB = 30.0
+"""What memory may grow by after warm-up: allocators, and the lines of metrics, which are kept for the curves."""
 MAX_BYTES_PER_LINE = 2500
 """Of metrics.jsonl and TensorBoard's events together, for each line of metrics."""
 
@@ -59,8 +59,8 @@ def long_run(count: int, seed: int, work: Path) -> Tally:
         "log_bytes_per_line": round(num_bytes / num_lines),
         "pictures": len(list((run_dir / "reconstructions").iterdir())),
     }
-    if 1000 * grown_mib / num_steps > MAX_MIB_PER_1000_STEPS:
-        tally.lose(f"memory grows by {1000 * grown_mib / num_steps:.1f} MiB in 1,000 steps")
+    if grown_mib > MAX_GROWTH_MIB:
+        tally.lose(f"memory grows by {grown_mib:.1f} MiB in {num_steps:.0f} steps")
     if tally.figures["file_handles_at_the_end"] > tally.figures["file_handles_after_warm_up"]:
         tally.lose("file handles grow in number")
     if num_bytes / num_lines > MAX_BYTES_PER_LINE:

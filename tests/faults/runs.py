@@ -19,7 +19,7 @@ from model.checkpoint import load_checkpoint
 from tests.commands import ROOT, run_command
 
 NUM_STEPS = 11
-STEPS_PER_EPOCH = 3
+STEPS_PER_EPOCH = 4
 TIMEOUT_S = 300
 """When a command that should have ended counts as hanging."""
 
@@ -40,7 +40,7 @@ CONFIGS = [Config(mode, ranks) for ranks in (1, 2) for mode in ("dira", "dir", "
 
 
 def make_shards(work: Path) -> Path:
-    """Phantoms of 64 px, packed raw: enough for three steps an epoch, with a validation split."""
+    """Phantoms of 64 px, packed raw: enough for four steps an epoch, with a validation split."""
     shards = work / "shards"
     if not (shards / "manifest.json").exists():
         phantom = ("-m", "pipeline.phantom", work / "phantoms", "--num-images", "40", "--size-px", "64")
@@ -55,7 +55,7 @@ def train_command(shards: Path, run_dir: Path, config: Config, *more: object, ma
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", config.ranks]
     launcher += ["--max-restarts", max_restarts, "--monitor-interval", "0.05"]
     sizes = ("--arch", "resnet18", "--crop-size", "32", "--batch-size", "8", "--moco-k", "64", "--epochs", "4")
-    pace = ("--max-steps", NUM_STEPS, "--save-every", "2", "--log-every", "2", "--data-threads", "1")
+    pace = ("--max-steps", NUM_STEPS, "--save-every", "3", "--log-every", "2", "--data-threads", "1")
     machine = ("--precision", "fp32", "--device", "cpu")
     command = [sys.executable, *(launcher if config.ranks > 1 else []), "train.py", shards, "--mode", config.mode]
     return list(map(str, [*command, "--run-dir", run_dir, *sizes, *pace, *machine, *more]))
