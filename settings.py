@@ -97,6 +97,8 @@ class Settings:
     """With several ranks: end the run, naming the rank, when one hangs for this many seconds."""
     cuda_graphs: bool = False
     """Replay each step as one CUDA graph, for batches so small that launching kernels takes the time. One GPU."""
+    trust_shards: bool = False
+    """Don't compare the tars with their checksums in the background, once at each start."""
     data_threads: int | None = None
     """CPU threads a rank decodes and augments with; the machine's cores over its ranks by default."""
 
@@ -169,6 +171,7 @@ MAY_CHANGE_ON_RESUME = {
     "device",
     "compile",
     "timeout_s",
+    "trust_shards",
     "cuda_graphs",
     "data_threads",
 }

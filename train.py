@@ -164,8 +164,11 @@ def pretrain(settings: Settings, device: torch.device) -> None:
         with (
             RunLog(folder, first_step=run.step, num_steps=run.num_steps, is_main=is_main) as log,
             Keeper(run, request) as keeper,
+            run.check,
         ):
             train(run, meter, log, keeper)
+            if run.check.num_unchecked:
+                say(f"{run.check.num_unchecked} tars were not compared with their checksums: see shard_cxr14.py verify")
         if is_main:
             say(f"done: step {run.step}, best validation loss {run.best_loss:.4f} at step {run.best_step}")
             say(f"weights in {export_best(run)}, curves in {folder / 'curves.png'}")

@@ -136,6 +136,12 @@ def broadcast_object(value: _T) -> _T:
     return values[0]
 
 
+def first_given(value: _T | None) -> _T | None:
+    """The first rank's value that is not None, which must pickle, on every rank; None where all are."""
+    given = [found for found in gather_objects(value) if found is not None]
+    return broadcast_object(given[0] if given else None)
+
+
 def gather_objects(value: _T) -> list[_T]:
     """Every rank's value, which must pickle, in the order of the ranks; on ranks other than 0 an empty list."""
     if world_size() == 1:

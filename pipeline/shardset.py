@@ -272,12 +272,17 @@ def verify_shard_set(
     problems = shard_set.find_file_problems()
     shards = [shard for shard in shard_set.shards if shard.tar not in problems]
     with ThreadPoolExecutor(num_workers) as pool:
-        verify = lambda shard: _verify_shard(shard_set, shard, shard.index not in problems, advance)  # noqa: E731
+        verify = lambda shard: verify_shard(  # noqa: E731
+            shard_set, shard, has_index=shard.index not in problems, advance=advance
+        )
         found = list(pool.map(verify, shards))
     return [*problems.values(), *(problem for group in found for problem in group)]
 
 
-def _verify_shard(shard_set: ShardSet, shard: Shard, has_index: bool, advance: Callable[[int], None]) -> list[str]:
+def verify_shard(
+    shard_set: ShardSet, shard: Shard, *, has_index: bool = True, advance: Callable[[int], None] = lambda _: None
+) -> list[str]:
+    """What is wrong with one shard, a line each; arguments as in `verify_shard_set`."""
     tar, index = f"{shard_set.path}/{shard.tar}", f"{shard_set.path}/{shard.index}"
     problems = []
     content = shard_set.read(shard.index) if has_index else b""

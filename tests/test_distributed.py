@@ -61,6 +61,7 @@ def _collectives(folder: Path) -> dict[str, Any]:
         "gathered": distributed.all_gather(torch.tensor([[1.0, 2.0], [3.0, 4.0]]) + 10 * rank),
         "sum": distributed.all_reduce_sum(torch.tensor([1.0, 10.0]) * (rank + 1)),
         "mean": distributed.all_reduce_mean(torch.tensor(3.0 * rank)),
+        "first given": [distributed.first_given(value) for value in (None, "both", rank if rank == 1 else None)],
         "objects": distributed.gather_objects(f"from rank {rank}"),
         "broadcast": [torch.full((2,), rank + 1.0), torch.tensor(10 * rank)],
     }
@@ -111,6 +112,7 @@ def test_every_rank_gets_the_sum_and_the_mean(ranks: list[dict[str, Any]]) -> No
 
 
 def test_rank_0_gets_every_ranks_object(ranks: list[dict[str, Any]]) -> None:
+    assert [result["first given"] for result in ranks] == [[None, "both", 1]] * 2
     assert [result["objects"] for result in ranks] == [["from rank 0", "from rank 1"], []]
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from model import distributed
+from pipeline.check import BackgroundCheck
 from pipeline.loader import LoaderSpec, PretrainLoader, ValidationLoader
 from pipeline.shardset import ShardSet
 from pipeline.spec import DistortionSpec, ViewSpec
@@ -32,6 +33,8 @@ class Run(Learner):
 
     loader: PretrainLoader
     val_loader: ValidationLoader
+    check: BackgroundCheck
+    """Of the tars, against their checksums."""
     probe: "Probe | None"
     """Scores the encoder every `--probe-every` epochs."""
     is_validation_due: bool = False
@@ -87,6 +90,12 @@ def build(settings: Settings, device: torch.device) -> Run:
         **vars(learner),
         loader=PretrainLoader(spec),
         val_loader=ValidationLoader(spec),
+        check=BackgroundCheck(
+            () if settings.trust_shards else spec.shard_sets,
+            ("train", "val"),
+            share=distributed.local_rank(),
+            num_shares=distributed.local_world_size(),
+        ),
         probe=build_probe(learner, spec) if settings.probe_every else None,
     )
 

@@ -57,9 +57,8 @@ class Keeper:
         self._watchdog.position = (self._run.step + 1) * PARTS_OF_A_STEP - 1
 
     def is_to_stop(self) -> bool:
-        """Whether all ranks stop here: one was asked to, or a save has failed. To be called by all after a step."""
-        has_failed = self._writer is not None and self._writer.has_failed
-        return self._votes.exchange(self._request.is_asked or has_failed)
+        """Whether all ranks stop here: one was asked to, or something is wrong. To be called by all after a step."""
+        return self._votes.exchange(self._request.is_asked or self._problem() is not None)
 
     def save(self, meter: Meter) -> None:
         """Save the run, and as the best if this is the best validated state so far; the disk is not waited for."""
@@ -68,21 +67,34 @@ class Keeper:
             self._writer.write(state, is_best=self._run.best_step == self._run.step)
 
     def stop(self, meter: Meter) -> None:
-        """Save, wait until it is on the disk, and end this rank with a status that says so."""
+        """Save, wait until it is on the disk, and end this rank with a status that says so.
+
+        Raises:
+            Unfinished: The run was asked to stop, or the disk refused a save. On ranks but the main one, SystemExit.
+            UserError: A shard is not what was packed; the last checkpoint stays as it is. Likewise.
+        """
         run = self._run
+        problem = distributed.first_given(self._problem())
         try:
-            if self._writer is None or not self._writer.has_failed:
+            if problem is None:
                 self.save(meter)
             self.finish()
         finally:
             distributed.barrier()
         if not distributed.is_main():
-            sys.exit(UNFINISHED)
+            sys.exit(UserError.exit_status if problem else UNFINISHED)
+        if problem:
+            raise UserError(f"{problem}; stopped at step {run.step}: pack that set again, or restore it from a copy")
         why = self._request.name or "a signal to another rank"
         last = run.checkpoints / "last.pt"
         raise Unfinished(
             f"stopped by {why} at step {run.step} of {run.num_steps}: the same command goes on from {last}"
         )
+
+    def _problem(self) -> str | None:
+        """Why this rank can't go on: a line about a shard; an empty one where a save has failed, as `finish` says."""
+        has_failed = self._writer is not None and self._writer.has_failed
+        return self._run.check.problem or ("" if has_failed else None)
 
     def finish(self) -> None:
         """Wait until all is written; raise UserError where it can't be."""
