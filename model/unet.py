@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.decoder import decode
 from model.device import at_least_fp32
 
 ARCHS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
@@ -84,5 +85,5 @@ class UNet(nn.Module):
         embedding = F.normalize(at_least_fp32(self.projection(features[-1].mean(dim=(2, 3)))), dim=1)
         if self.decoder is None:
             return embedding, None
-        logits = self.segmentation_head[0](self.decoder(features))  # what follows in the head is its sigmoid
+        logits = self.segmentation_head[0](decode(self.decoder, features))  # what follows in the head is its sigmoid
         return embedding, torch.sigmoid(at_least_fp32(logits))
