@@ -21,16 +21,20 @@ $(VENV)-cuda12/.ready: requirements-cuda12.txt requirements-common.txt requireme
 
 SMALL := --arch resnet18 --crop-size 64 --batch-size 32 --lr 0.01 --moco-k 256 --moco-m 0.99 --log-every 24
 
+PROBE := --arch resnet18 --crop-size 64 --knn
+
 demo/phantoms/test_list.txt: $(VENV)/.ready
 	rm -rf demo/phantoms
 	$(RUN) -m pipeline.phantom demo/phantoms --num-images 2000 --size-px 128
 
-demo: demo/phantoms/test_list.txt  ## Phantoms, shards, both stages of pre-training, exports; made for a laptop's CPU.
+demo: demo/phantoms/test_list.txt  ## Phantoms, shards, both stages of pre-training, exports, a probe; made for a laptop's CPU.
 	$(RUN) shard_cxr14.py pack demo/phantoms/images --out demo/shards --size 128 \
 	    --labels demo/phantoms/Data_Entry_2017.csv --boxes demo/phantoms/BBox_List_2017.csv \
 	    --train-val-list demo/phantoms/train_val_list.txt --test-list demo/phantoms/test_list.txt
 	$(RUN) train.py demo/shards --mode dir --run-dir demo/dir --epochs 7 $(SMALL)
 	$(RUN) train.py demo/shards --mode dira --run-dir demo/dira --epochs 2 $(SMALL) --init-from demo/dir/checkpoints/last.pt
+	$(RUN) finetune.py classify demo/shards --weights random $(PROBE) --run-dir demo/probe-random
+	$(RUN) finetune.py classify demo/shards --weights demo/dira/export/resnet18.pth $(PROBE) --run-dir demo/probe-dira
 	@echo
 	@echo "Look at demo/dir/curves.png and the last of demo/dira/reconstructions/*.png (rows: input, output, target)."
 	@echo "Weights to fine-tune: demo/dira/export/unet.pth (smp.Unet), resnet18.pth (torchvision), resnet18.safetensors (timm)."
