@@ -21,9 +21,10 @@ import tyro
 
 from benchmarks.report import describe_hardware, make_result, publish
 from errors import exits_on_user_error
-from model.dira import DiRA, LossWeights
-from model.optim import make_adam, make_sgd
+from pipeline.spec import Batch
 from settings import Settings
+from training.learner import build_learner
+from training.step import train_step
 from training.writer import CheckpointWriter
 
 ROWS = ("at-once", "beside")
@@ -50,38 +51,24 @@ class Training:
     """What is saved in `dira`, and steps that change it."""
 
     def __init__(self, settings: SaveBenchmark) -> None:
-        run = Settings(shards=("none",), mode="dira", arch="resnet18" if settings.quick else "resnet50")
+        arch, crop_size_px = ("resnet18", 64) if settings.quick else ("resnet50", 224)
+        run = Settings(shards=("none",), mode="dira", arch=arch, crop_size=crop_size_px, batch_size=settings.batch_size)
         device = torch.device(settings.device)
-        weights = LossWeights(run.contrastive_weight, run.mse_weight, run.adv_weight)
-        method = {name: getattr(run, name) for name in ("moco_dim", "moco_k", "moco_m", "moco_t", "key_bn_groups")}
-        self.model = DiRA(arch=run.arch, mode=run.mode, weights=weights, **method).to(device)
-        self._optimizers = [
-            make_sgd(
-                self.model.query.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4, fused="auto", device=device
-            ),
-            make_adam(self.model.discriminator.parameters(), lr=1e-4, betas=(0.5, 0.999), fused="auto", device=device),
-        ]
-        side_px = 64 if settings.quick else run.crop_size
-        shape = (settings.batch_size, 1, side_px, side_px)
-        self._images = torch.randint(256, shape, dtype=torch.uint8, device=device)
+        self._learner = build_learner(run, device)
+        shape = (settings.batch_size, 1, crop_size_px, crop_size_px)
+        images = torch.randint(256, shape, dtype=torch.uint8, device=device)
+        self._batch = Batch(images, images, images)
 
     def step(self) -> None:
         """Change every weight."""
-        keys = self.model.encode_keys(self._images, shuffle_seed=0)
-        embedding, reconstruction = self.model.query(self._images)
-        losses = self.model.losses(embedding, reconstruction, keys, self._images)
-        for optimizer in self._optimizers:
-            optimizer.zero_grad()
-        losses.total.backward()
-        for parameter in self.model.discriminator.parameters():
-            parameter.grad = torch.zeros_like(parameter)  # for Adam's moments, which are saved
-        for optimizer in self._optimizers:
-            optimizer.step()
+        train_step(self._learner, self._batch)
+        self._learner.step += 1
 
     def state(self, step: int) -> dict[str, object]:
         """What `training.saving` saves, but for the loader's state, a few KB."""
-        optimizers = [optimizer.state_dict() for optimizer in self._optimizers]
-        return {"step": step, "model": self.model.state_dict(), "optimizers": optimizers}
+        learner = self._learner
+        optimizers = [optimizer.state_dict() for optimizer in (learner.optimizer, learner.disc_optimizer)]
+        return {"step": step, "model": learner.model.state_dict(), "optimizers": optimizers}
 
 
 def measure(row: str, settings: SaveBenchmark, training: Training, folder: Path) -> dict[str, object]:
