@@ -22,12 +22,12 @@ import tyro
 from downstream.classify import classify
 from downstream.classify_settings import ClassifySettings
 from downstream.compare import CompareSettings, compare
-from downstream.config import RunSettings
 from downstream.localize import LocalizeSettings, localize
 from downstream.segment import SegmentSettings, segment
 from errors import exits_on_user_error
 from model import distributed
 from model.device import choose_device
+from settings import RunSettings
 
 COMMANDS: dict[type[RunSettings], Callable[..., object]] = {
     ClassifySettings: classify,

@@ -2,15 +2,12 @@
 
 import fcntl
 import json
-import platform
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Protocol, Self, TextIO
+from typing import Any, Self, TextIO
 
 import torch
 from matplotlib.figure import Figure
@@ -19,16 +16,10 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 from errors import Unfinished, UserError
-from settings import Settings, refuse_other_settings
+from provenance import find_commit, find_versions
+from settings import RunSettings
 
 SECONDS_BETWEEN_CURVES = 60
-
-
-class AnySettings(Protocol):
-    """Settings of whatever kind of run."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return them by name, of JSON's types."""
 
 
 def lock(folder: Path) -> TextIO:
@@ -63,7 +54,7 @@ def writing(folder: Path) -> Iterator[None]:
         ) from None
 
 
-def check_config(folder: Path, settings: Settings) -> None:
+def check_config(folder: Path, settings: RunSettings) -> None:
     """Raise UserError where the folder holds another run."""
     path = folder / "config.json"
     if path.exists():
@@ -71,29 +62,25 @@ def check_config(folder: Path, settings: Settings) -> None:
             saved = json.loads(path.read_text())["settings"]
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{path} is no config.json of a run: use another --run-dir") from None
-        refuse_other_settings(settings, Settings.from_dict(saved, str(path)), str(path))
+        settings.refuse_other(settings.from_dict(saved, str(path)), str(path))
 
 
-def write_config(folder: Path, settings: AnySettings, chosen: dict[str, Any]) -> None:
+def write_config(folder: Path, settings: RunSettings, chosen: dict[str, Any]) -> None:
     """Write every setting, what was chosen for the automatic ones, versions and the git commit."""
-    packages = ("torch", "torchvision", "segmentation-models-pytorch", "nvidia-dali-cuda130", "nvidia-dali-cuda120")
-    versions = {"python": platform.python_version()}
-    for package in packages:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    git = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    )
     config = {
         "settings": settings.to_dict(),
         "chosen": chosen,
-        "versions": versions,
-        "git_commit": git.stdout.strip() or None,
+        "versions": find_versions(),
+        "git_commit": find_commit(),
         "command": [sys.executable, *sys.argv],
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def claim(folder: Path, settings: RunSettings, chosen: dict[str, Any]) -> None:
+    """Make the folder this run's, or raise UserError where it holds another."""
+    check_config(folder, settings)
+    write_config(folder, settings, chosen)
 
 
 class RunLog:

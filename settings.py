@@ -1,7 +1,8 @@
-"""What a pre-training run is: one frozen dataclass, whose fields are train.py's options and config.json's keys."""
+"""What a run is: a frozen dataclass, whose fields are a command line's options and config.json's keys."""
 
+import json
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, get_type_hints
+from typing import Any, ClassVar, Literal, Self, get_type_hints
 
 import typeguard
 import tyro
@@ -9,11 +10,66 @@ import tyro
 from errors import UsageError, UserError
 
 PUBLISHED_EPOCHS = {"di": 1200, "dir": 1200, "dira": 400}
+Arch = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
+Device = Literal["auto", "cpu", "cuda"]
+Precision = Literal["auto", "bf16", "fp16", "fp32"]
+Fused = Literal["auto", "apex", "torch"]
 
 
 @dataclass(frozen=True)
-class Settings:
+class RunSettings:
+    """What the settings of every kind of run can do; a field is an option and a key."""
+
+    MAY_CHANGE: ClassVar[frozenset[str]] = frozenset()
+    """Names of the fields that do not make it another run."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what `from_dict` takes, of JSON's types."""
+        return json.loads(json.dumps(asdict(self)))
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], source: str) -> Self:
+        """Settings as `source` holds them. Raise UserError at keys that are unknown or missing and at wrong types."""
+        if wrong := sorted(values.keys() ^ {field.name for field in fields(cls)}):
+            raise UserError(f"{source}: settings {', '.join(wrong)} are unknown or missing: another version wrote it")
+        values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        hints = get_type_hints(cls)
+        for name, value in values.items():
+            try:
+                typeguard.check_type(value, hints[name])
+            except typeguard.TypeCheckError as error:
+                raise UserError(f"{source}: setting {name}: {error}") from None
+        return cls(**values)
+
+    def refuse_other(self, theirs: Self, source: str) -> None:
+        """Raise UserError where a run that `source` belongs to can't be gone on with under our settings."""
+        differing = [
+            f"{option(field.name)} {getattr(theirs, field.name)} there, {getattr(self, field.name)} here"
+            for field in fields(self)
+            if field.name not in self.MAY_CHANGE and getattr(theirs, field.name) != getattr(self, field.name)
+        ]
+        if differing:
+            raise UserError(
+                f"{source} belongs to a run with other settings ({'; '.join(differing)}): "
+                "use the same ones, or another --run-dir"
+            )
+
+
+def option(name: str) -> str:
+    """Return the command line's spelling of a field."""
+    return "--" + name.replace("_", "-")
+
+
+@dataclass(frozen=True)
+class Settings(RunSettings):
     """Pre-train a ResNet U-Net with DiRA on one or several shard sets."""
+
+    MAY_CHANGE: ClassVar[frozenset[str]] = frozenset(
+        (
+            *("run_dir", "resume", "max_steps", "save_every", "log_every", "probe_every"),
+            *("device", "compile", "timeout_s", "trust_shards", "cuda_graphs", "data_threads"),
+        )
+    )
 
     shards: tyro.conf.Positional[tuple[str, ...]]
     """Sets that shard_cxr14.py packed, folders or s3://BUCKET/FOLDER; several are read as one, by their sizes."""
@@ -41,7 +97,7 @@ class Settings:
     """Epochs between scores of the query encoder by nearest neighbours and a linear probe, on shards with labels."""
 
     # The network
-    arch: Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"] = "resnet50"
+    arch: Arch = "resnet50"
     """The encoder."""
     crop_size: int = 224
     """Side of a view in px, a multiple of 32."""
@@ -83,11 +139,11 @@ class Settings:
     """Adam's learning rate for the discriminator."""
 
     # The machine
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
     """auto: a GPU where there is one."""
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    precision: Precision = "auto"
     """auto: bf16 where the hardware has it, else fp16 on a GPU and fp32 on a CPU."""
-    fused: Literal["auto", "apex", "torch"] = "auto"
+    fused: Fused = "auto"
     """Whose fused optimizers; auto: apex's where installed, else torch's."""
     accumulate: int = 1
     """Micro-batches that a step's batch goes through the network in, for cards that can't hold it in one."""
@@ -141,57 +197,3 @@ class Settings:
     def run_path(self) -> str:
         """The run folder."""
         return self.run_dir or f"runs/{self.mode}"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return what `from_dict` takes, of JSON's types."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any], source: str) -> "Settings":
-        """Settings as `source` holds them. Raise UserError at keys that are unknown or missing and at wrong types."""
-        names = {field.name for field in fields(cls)}
-        if wrong := sorted(values.keys() ^ names):
-            raise UserError(f"{source}: settings {', '.join(wrong)} are unknown or missing: another version wrote it")
-        values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-        for name, annotation in get_type_hints(cls).items():
-            try:
-                typeguard.check_type(values[name], annotation)
-            except typeguard.TypeCheckError as error:
-                raise UserError(f"{source}: setting {name}: {error}") from None
-        return cls(**values)
-
-
-MAY_CHANGE_ON_RESUME = {
-    "run_dir",
-    "resume",
-    "max_steps",
-    "save_every",
-    "log_every",
-    "probe_every",
-    "device",
-    "compile",
-    "timeout_s",
-    "trust_shards",
-    "cuda_graphs",
-    "data_threads",
-}
-"""What does not make it another run."""
-
-
-def option(name: str) -> str:
-    """Return the command line's spelling of a field."""
-    return "--" + name.replace("_", "-")
-
-
-def refuse_other_settings(ours: Settings, theirs: Settings, source: str) -> None:
-    """Raise UserError where a run that `source` belongs to can't be gone on with under our settings."""
-    differing = [
-        f"{option(field.name)} {getattr(theirs, field.name)} there, {getattr(ours, field.name)} here"
-        for field in fields(Settings)
-        if field.name not in MAY_CHANGE_ON_RESUME and getattr(theirs, field.name) != getattr(ours, field.name)
-    ]
-    if differing:
-        raise UserError(
-            f"{source} belongs to a run with other settings ({'; '.join(differing)}): "
-            "use the same ones, or another --run-dir"
-        )

@@ -22,12 +22,13 @@ import tyro
 from matplotlib.figure import Figure
 
 from benchmarks.inputs import ImageBenchmark, pack_images
-from benchmarks.report import RESULTS, describe_hardware, find_commit, find_versions
+from benchmarks.report import RESULTS, describe_hardware
 from benchmarks.timing import say
 from errors import exits_on_user_error
 from model.device import AUTOCAST_DTYPES, choose_device, choose_precision
 from pipeline.loader import PretrainLoader
 from pipeline.packing import write_whole
+from provenance import find_commit, find_versions
 from settings import Settings
 from training.learner import build_learner
 from training.run import TERMS, loader_spec

@@ -12,7 +12,6 @@ import platform
 import re
 import subprocess
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +21,11 @@ import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.timing import ROOT
 from errors import UserError, exits_on_user_error
 from pipeline.packing import write_whole
+from provenance import find_commit, find_versions
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = (
-    *("torch", "torchvision", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "segmentation-models-pytorch"),
-    *("numpy", "opencv-python-headless", "pillow", "webdataset"),
-)
 Result = dict[str, Any]
 """`benchmark`, `date`, `hardware`, `versions`, `commit`, `settings` and `rows`, as JSON."""
 
@@ -77,26 +72,6 @@ def describe_hardware(device: str) -> dict[str, Any]:
         hardware["gpu"], hardware["driver"] = gpus[0].split(", ")
         hardware["gpus"] = len(gpus)
     return hardware
-
-
-def find_versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages whose speed is measured."""
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return versions
-
-
-def find_commit() -> str | None:
-    """Return the checkout's git commit, with a `+` where its files differ from it; None outside of git."""
-    git = ["git", "-C", str(ROOT)]
-    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    status = [*git, "status", "--porcelain", "--untracked-files=no"]
-    changes = subprocess.run(status, capture_output=True, text=True, check=False).stdout
-    return (commit + "+" * bool(changes.strip())) or None
 
 
 def format_table(rows: list[dict[str, Any]]) -> str:

@@ -21,7 +21,6 @@ from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from downstream.classify_settings import ClassifySettings
-from downstream.config import summarise, write_json
 from downstream.data import (
     EvaluationLoader,
     LabelledSpec,
@@ -43,13 +42,14 @@ from downstream.predictions import (
     write_predictions,
 )
 from downstream.probe import extract_features, knn_scores, linear_scores
+from downstream.runs import summarise, write_json
 from errors import UserError
 from model import distributed
 from model.checkpoint import load_checkpoint, save_checkpoint
 from model.device import autocast, choose_device, choose_precision
 from model.optim import make_adam
 from pipeline.shardset import ShardSet, Split
-from rundir import RunLog, lock
+from rundir import RunLog, claim, lock
 
 ADAM_BETAS = (0.9, 0.999)
 
@@ -98,7 +98,7 @@ def classify(settings: ClassifySettings) -> dict[str, Any]:
     folder, is_main = Path(settings.run_dir), distributed.is_main()
     with lock(folder) if is_main else nullcontext():
         if is_main:
-            settings.claim(folder, {"device": str(device), "precision": precision})
+            claim(folder, settings, {"device": str(device), "precision": precision})
         seeds = range(settings.seed, settings.seed + settings.runs)
         runs = [run_seed(replace(settings, seed=seed), folder / f"seed-{seed}", device, precision) for seed in seeds]
         if not is_main:

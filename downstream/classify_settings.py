@@ -1,17 +1,21 @@
 """Settings of `finetune.py classify`."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import tyro
 
-from downstream.config import Arch, Device, Fused, Precision, RunSettings
+from downstream.runs import FREE_TO_CHANGE
 from errors import UsageError
 from pipeline.spec import LabelledViewSpec
+from settings import Arch, Device, Fused, Precision, RunSettings
 
 
 @dataclass(frozen=True)
 class ClassifySettings(RunSettings):
     """Fine-tune a classifier of the shards' findings; test it on their test split by ten crops."""
+
+    MAY_CHANGE: ClassVar[frozenset[str]] = FREE_TO_CHANGE
 
     shards: tyro.conf.Positional[tuple[str, ...]]
     """Labelled sets that shard_cxr14.py packed; several are read as one."""

@@ -22,12 +22,13 @@ import tyro
 from downstream.classify import classify
 from downstream.classify_settings import ClassifySettings
 from downstream.comparison import PUBLISHED, SIGNIFICANT, Cell, compare_cells, draw_chart, format_table
-from downstream.config import RunSettings, write_json
 from downstream.localize import LocalizeSettings, localize
+from downstream.runs import FREE_TO_CHANGE, write_json
 from downstream.segment import SegmentSettings, segment
 from errors import UsageError, UserError
 from model import distributed
-from rundir import lock
+from rundir import claim, lock
+from settings import RunSettings
 
 OURS = ("--weights", "--run-dir", "--runs")
 """Options of the compared command that the comparison sets itself."""
@@ -39,7 +40,7 @@ COMMANDS = {"classify": ClassifySettings, "segment": SegmentSettings}
 class CompareSettings(RunSettings):
     """Compare initialisations over amounts of labels and seeds."""
 
-    MAY_CHANGE: ClassVar[frozenset[str]] = RunSettings.MAY_CHANGE | {"weights", "amounts", "baseline", "localize"}
+    MAY_CHANGE: ClassVar[frozenset[str]] = FREE_TO_CHANGE | {"weights", "amounts", "baseline", "localize"}
 
     command: tyro.conf.Positional[tuple[str, ...]]
     """After --: what is compared, classify or segment, with its options."""
@@ -126,7 +127,7 @@ def compare(settings: CompareSettings) -> dict[str, Any]:
     folder, is_main = Path(settings.run_dir), distributed.is_main()
     with lock(folder) if is_main else contextlib.nullcontext():
         if is_main:
-            settings.claim(folder, {})
+            claim(folder, settings, {})
         jobs = plan(settings)
         if missing := [job.settings.weights for job in jobs if not is_there(job.settings.weights)]:
             raise UserError(f"{missing[0]}: there is no such file to start from")

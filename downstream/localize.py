@@ -19,15 +19,16 @@ import tyro
 from pytorch_grad_cam import GradCAM
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
-from downstream.config import Device, RunSettings
 from downstream.networks import SavedClassifier, open_classifier
 from downstream.pictures import draw_boxes, write_png
+from downstream.runs import FREE_TO_CHANGE
 from errors import UsageError, UserError
 from model.device import choose_device
 from model.unet import to_unit_range
 from pipeline.packing import decode_grey
 from pipeline.shardset import ShardSet
-from rundir import lock
+from rundir import claim, lock
+from settings import Device, RunSettings
 
 IOU_THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
 COLUMNS = ("image", "finding", "num_boxes", "iou", "is_pointed_at", "x", "y", "w", "h")
@@ -37,7 +38,7 @@ COLUMNS = ("image", "finding", "num_boxes", "iou", "is_pointed_at", "x", "y", "w
 class LocalizeSettings(RunSettings):
     """Measure how well a classifier's Grad-CAM heatmaps find the boxes of a shard set."""
 
-    MAY_CHANGE: ClassVar[frozenset[str]] = RunSettings.MAY_CHANGE | {"batch_size"}
+    MAY_CHANGE: ClassVar[frozenset[str]] = FREE_TO_CHANGE | {"batch_size"}
 
     shards: tyro.conf.Positional[str]
     """A set that shard_cxr14.py packed with --boxes."""
@@ -106,7 +107,7 @@ def localize(settings: LocalizeSettings) -> dict[str, Any]:
     shard_set = ShardSet.open(settings.shards)
     folder = Path(settings.run_dir)
     with lock(folder):
-        settings.claim(folder, {"device": str(device), "size_px": size_px})
+        claim(folder, settings, {"device": str(device), "size_px": size_px})
         marked = read_marked(shard_set, settings.split, classifier.label_names, size_px)
         (folder / "overlays").mkdir(exist_ok=True)
         found = []

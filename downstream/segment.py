@@ -22,9 +22,9 @@ import torch
 import tyro
 from torch import Tensor, nn
 
-from downstream.config import Arch, Device, Fused, Precision, RunSettings
 from downstream.networks import load_unet
 from downstream.pictures import draw_masks, write_png
+from downstream.runs import FREE_TO_CHANGE, write_json
 from downstream.segment_data import (
     Batch,
     Pair,
@@ -44,7 +44,8 @@ from model.checkpoint import load_checkpoint, save_checkpoint
 from model.device import autocast, choose_device, choose_precision
 from model.optim import make_adam
 from model.unet import SIZE_STEP_PX, to_unit_range
-from rundir import RunLog, lock
+from rundir import RunLog, claim, lock
+from settings import Arch, Device, Fused, Precision, RunSettings
 
 SECONDS_BETWEEN_SAVES = 60
 RESULTS = "results.json"
@@ -55,7 +56,7 @@ SCORES = ("dice_per_image", "dice_pooled", "iou_per_image", "iou_pooled", "hausd
 class SegmentSettings(RunSettings):
     """Fine-tune a U-Net on radiographs and their masks; the defaults are the published protocol."""
 
-    MAY_CHANGE: ClassVar[frozenset[str]] = RunSettings.MAY_CHANGE | {"data_workers"}
+    MAY_CHANGE: ClassVar[frozenset[str]] = FREE_TO_CHANGE | {"data_workers"}
 
     masks: tuple[str, ...]
     """Folders of masks, PNG or JPEG, named as the images or with a common suffix; of several, the union is taken."""
@@ -176,13 +177,13 @@ def segment(settings: SegmentSettings) -> dict[str, Any]:
     precision = choose_precision(settings.precision, device)
     folder = Path(settings.run_dir)
     with lock(folder):
-        settings.claim(folder, {"device": str(device), "precision": precision})
+        claim(folder, settings, {"device": str(device), "precision": precision})
         folders = {seed: folder / f"seed-{seed}" for seed in range(settings.seed, settings.seed + settings.runs)}
         is_finished = all((place / RESULTS).exists() for place in folders.values())
         splits = {} if is_finished else read_splits(settings)
         runs = [_run_seed(settings, splits, seed, place, device, precision) for seed, place in folders.items()]
         results = {"runs": runs, **_mean_and_std(runs)}
-        _write_json(folder / RESULTS, results)
+        write_json(folder / RESULTS, results)
     summary = ", ".join(f"{name} {_with_spread(results, name)}" for name in results["mean"])
     print(f"{settings.weights}, {settings.runs} runs: {summary}; all of it in {folder}", flush=True)
     return results
@@ -231,7 +232,7 @@ def _run_seed(
     found = {"seed": seed, "num_train": len(train_pairs), "best_epoch": run.best_epoch, **found}
     weights = {name: tensor.cpu().contiguous() for name, tensor in run.network.state_dict().items()}
     save_checkpoint(folder / "unet.pth", weights)
-    _write_json(results, found)
+    write_json(results, found)
     (folder / "last.pt").unlink()
     return found
 
@@ -365,12 +366,6 @@ def _test(run: Run, pairs: list[Pair]) -> dict[str, Any]:
         "num_without_hausdorff95": len(images) - len(distances),
         "images": {name: scores._asdict() for name, scores in images.items()},
     }
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    temporary.replace(path)
 
 
 def _mean_and_std(runs: list[dict[str, Any]]) -> dict[str, dict[str, float | None]]:

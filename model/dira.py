@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model import distributed, moco
+from model.batch_norm import group_batch_norm
 from model.discriminator import PatchDiscriminator, adversarial_loss
 from model.unet import UNet, to_unit_range
 
@@ -77,12 +78,12 @@ class DiRA(nn.Module):
         super().__init__()
         self.moco_m = moco_m
         self.moco_t = moco_t
-        self.key_bn_groups = key_bn_groups
         self.weights = weights
         self.query = UNet(arch, moco_dim, with_decoder=mode != "di")
         self.key = UNet(arch, moco_dim, with_decoder=False).requires_grad_(requires_grad=False)
         query_state = self.query.state_dict()
         self.key.load_state_dict({name: query_state[name] for name in self.key.state_dict()})
+        group_batch_norm(self.key, key_bn_groups if distributed.world_size() == 1 else 1)
         self.discriminator = PatchDiscriminator() if mode == "dira" else None
         self.register_buffer("queue", moco.random_queue(moco_k, moco_dim))
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.int64))
@@ -108,11 +109,10 @@ class DiRA(nn.Module):
         if not self.training:
             local, _ = self.key(images)
             return Keys(local, local)
-        size, ranks, rank = len(images), distributed.world_size(), distributed.rank()
+        size, rank = len(images), distributed.rank()
         shuffled = distributed.exchange(images, permutation)
         mark("communication")
-        num_groups = 1 if ranks > 1 else max(1, min(self.key_bn_groups, size // 2))
-        embedded = torch.cat([self.key(group)[0] for group in shuffled.tensor_split(num_groups)])
+        embedded, _ = self.key(shuffled)
         mark("forward_key")
         everyones = moco.unshuffle(distributed.all_gather(embedded), permutation)
         mark("communication")

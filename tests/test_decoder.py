@@ -7,11 +7,11 @@ from model import decoder
 
 
 @pytest.mark.parametrize("num_skip", [0, 3])
-@pytest.mark.parametrize("min_positions", [0, 10**6])
+@pytest.mark.parametrize("many_channels", [0, 10**6])
 def test_it_is_the_convolution_of_the_upsampled_image_and_so_are_its_gradients(
-    num_skip: int, min_positions: int, monkeypatch: pytest.MonkeyPatch
+    num_skip: int, many_channels: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decoder, "MIN_POSITIONS", min_positions)
+    monkeypatch.setattr(decoder, "MANY_CHANNELS", many_channels)
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> torch.Tensor:
@@ -29,9 +29,9 @@ def test_it_is_the_convolution_of_the_upsampled_image_and_so_are_its_gradients(
         torch.testing.assert_close(our_gradient, their_gradient, rtol=0, atol=1e-11)
 
 
-@pytest.mark.parametrize("min_positions", [0, 10**6])
-def test_the_decoder_is_smps(min_positions: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoder, "MIN_POSITIONS", min_positions)
+@pytest.mark.parametrize("many_channels", [0, 10**6])
+def test_the_decoder_is_smps(many_channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoder, "MANY_CHANNELS", many_channels)
     torch.manual_seed(0)
     unet = smp.Unet("resnet18", encoder_weights=None).double()
     features = unet.encoder(torch.rand(2, 3, 64, 96, dtype=torch.float64))

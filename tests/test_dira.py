@@ -158,7 +158,6 @@ def test_on_one_rank_keys_are_normalised_in_shuffled_groups(num_images: int, num
     batch = images(num_images, 1)
     keys, seen = encode_and_watch(model, batch, seed=3)
     order = shuffle_permutation(num_images, 3).numpy()
-    assert [len(group) for group in seen] == sizes
     np.testing.assert_array_equal(torch.cat(seen).numpy(), batch.numpy()[order])
     # Each key depends on its group, so recomputing it in that group, image by image, tells that none went elsewhere.
     stops = np.cumsum(sizes)

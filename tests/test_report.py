@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from benchmarks.report import describe_hardware, find_commit, format_table, keep, make_result, publish, read_results
+from benchmarks.report import describe_hardware, format_table, keep, make_result, publish, read_results
 from errors import UserError
+from provenance import find_commit
 from tests.commands import ROOT, run_command
 
 ROWS = [

@@ -4,7 +4,7 @@ from dataclasses import FrozenInstanceError, fields
 import pytest
 
 from errors import UsageError, UserError
-from settings import MAY_CHANGE_ON_RESUME, Settings, refuse_other_settings
+from settings import Settings
 
 SETTINGS = Settings(shards=("a", "b"), mode="dir", lr_drop_epochs=(2, 4), schedule="step")
 
@@ -60,10 +60,10 @@ def test_epochs_default_as_published() -> None:
 def test_another_configuration_is_refused_and_its_differences_are_named() -> None:
     theirs = Settings(shards=("a",), mode="dir", lr=0.1, log_every=7)
     with pytest.raises(UserError, match=r"--lr 0\.1 there, 0\.03 here\)"):
-        refuse_other_settings(Settings(shards=("a",), mode="dir"), theirs, "config.json")
+        Settings(shards=("a",), mode="dir").refuse_other(theirs, "config.json")
 
 
 def test_what_may_change_on_resume_are_settings_and_is_not_refused() -> None:
-    assert {field.name for field in fields(Settings)} >= MAY_CHANGE_ON_RESUME
+    assert {field.name for field in fields(Settings)} >= Settings.MAY_CHANGE
     theirs = Settings(shards=("a",), mode="dir", max_steps=3, device="cpu", compile=True)
-    refuse_other_settings(Settings(shards=("a",), mode="dir"), theirs, "config.json")
+    Settings(shards=("a",), mode="dir").refuse_other(theirs, "config.json")

@@ -21,7 +21,7 @@ from model.checkpoint import (
     load_checkpoint,
 )
 from model.watchdog import Watchdog
-from settings import Settings, refuse_other_settings
+from settings import Settings
 from training.run import TERMS, Meter, Run, say
 from training.stopping import StopRequest
 from training.writer import CheckpointWriter
@@ -198,7 +198,7 @@ def restore(run: Run, path: Path) -> Meter:
     if state.get("version") != VERSION:
         raise UserError(f"{path}: a checkpoint of version {state.get('version')}; this program reads {VERSION}")
     try:
-        refuse_other_settings(run.settings, Settings.from_dict(state["settings"], str(path)), str(path))
+        run.settings.refuse_other(Settings.from_dict(state["settings"], str(path)), str(path))
         meter = _restore(run, state)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         what = f"{error} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())
