@@ -32,7 +32,7 @@ from settings import Settings
 from training.graphs import GraphedStep
 from training.loss_scale import SkippedSteps
 from training.run import TERMS, Meter, Run, build, say
-from training.saving import Keeper, begin, export_best
+from training.saving import Keeper, begin, export_last
 from training.step import stack_terms, train_step
 from training.stopping import StopRequest
 
@@ -171,7 +171,7 @@ def pretrain(settings: Settings, device: torch.device) -> None:
                 say(f"{run.check.num_unchecked} tars were not compared with their checksums: see shard_cxr14.py verify")
         if is_main:
             say(f"done: step {run.step}, best validation loss {run.best_loss:.4f} at step {run.best_step}")
-            say(f"weights in {export_best(run)}, curves in {folder / 'curves.png'}")
+            say(f"weights in {export_last(run)}, curves in {folder / 'curves.png'}")
         distributed.barrier()
 
 

@@ -101,6 +101,10 @@ def test_a_run_leaves_everything_that_design_promises(
     assert Settings.from_dict(config["settings"], "config.json") == settings
     assert config["versions"]["torch"] == torch.__version__.split("+")[0]
 
+    last = last_checkpoint(tmp_path / "run")
+    exported = torch.load(tmp_path / "run" / "export" / "resnet18.pth")
+    assert all(torch.equal(tensor, last["model"][f"query.encoder.{name}"]) for name, tensor in exported.items())
+
     capsys.readouterr()
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "export").rglob("*")}
     train.pretrain(settings, CPU)

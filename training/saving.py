@@ -253,11 +253,14 @@ def _settle_best(run: Run, path: Path) -> None:
         link(path, best)  # in case the kill came between the two
 
 
-def export_best(run: Run) -> Path:
-    """Write the weights with the lowest validation loss for others to use, the whole folder at once."""
+def export_last(run: Run) -> Path:
+    """Write the run's last weights for others to use, the whole folder at once.
+
+    Not those of the lowest validation loss: InfoNCE is lowest at the beginning, while keys that were queued a while ago
+    still differ from new ones, and rises as the network settles and all that tells keys apart is the radiograph.
+    """
     folder = Path(run.settings.run_path) / "export"
     temporary = folder.with_name("export.tmp")
-    run.model.load_state_dict(load_checkpoint(run.checkpoints / "best.pt", run.device)["model"])
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         export_weights(run.model, run.settings.arch, run.settings.mode, temporary)
