@@ -19,7 +19,7 @@ $(VENV)-cuda12/.ready: requirements-cuda12.txt requirements-common.txt requireme
 	$(VENV)-cuda12/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-cuda12.txt -r requirements-dev.txt
 	touch $@
 
-SMALL := --arch resnet18 --crop-size 64 --batch-size 32 --lr 0.01 --moco-k 256 --moco-m 0.99 --log-every 24
+SMALL := --arch resnet18 --crop-size 64 --batch-size 32 --lr 0.01 --moco-k 256 --moco-m 0.999 --log-every 24
 
 PROBE := --arch resnet18 --crop-size 64 --knn
 

@@ -167,7 +167,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def draw_curves(lines: list[dict[str, Any]], path: Path) -> None:
     """Draw the loss terms, training and validation, and the learning rate and speed, over the steps."""
     names = ("total", "contrastive", "mse", "adversarial", "discriminator", "lr", "images_per_second")
-    names += ("probe_knn_auc", "probe_linear_auc")
+    names += ("queue_similarity", "probe_knn_auc", "probe_linear_auc")
     names = [name for name in names if any(name in line for line in lines)]
     figure = Figure(figsize=(8, 2.2 * len(names) + 0.5))
     axes = figure.subplots(len(names), 1, sharex=True, squeeze=False)

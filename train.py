@@ -85,6 +85,7 @@ def finish_epoch(run: Run, log: RunLog, keeper: Keeper) -> None:
         keeper.stop(Meter())
     line = {"phase": "val", "step": run.step, "epoch": epoch, **terms}
     refuse_divergence(run, line)
+    line["queue_similarity"] = run.model.queue_similarity().item()
     if run.probe is not None and (is_last or (epoch + 1) % run.settings.probe_every == 0):
         line |= run.probe.run(run.model.query.encoder)
     log.write(line)

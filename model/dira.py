@@ -151,3 +151,10 @@ class DiRA(nn.Module):
     def enqueue(self, keys: Tensor) -> None:
         """Put the step's `Keys.all` into the queue, after the backward pass: the loss still needs the old ones."""
         moco.enqueue(self.queue, self.queue_ptr, keys)
+
+    def queue_similarity(self) -> Tensor:
+        """The mean cosine between any two keys of the queue: 1 says that every image is embedded alike.
+
+        InfoNCE does not tell: while the network changes quickly, newer keys differ from older ones, and it is low.
+        """
+        return self.queue.mean(dim=0).square().sum()

@@ -148,6 +148,15 @@ def encode_and_watch(model: DiRA, key_images: Tensor, seed: int) -> tuple[Keys, 
     return keys, seen
 
 
+def test_the_queues_similarity_is_the_mean_cosine_of_its_keys() -> None:
+    model = build("di")
+    cosines = model.queue.double() @ model.queue.double().T
+    assert model.queue_similarity().item() == pytest.approx(cosines.mean().item(), rel=1e-5)
+    assert model.queue_similarity() < 0.2
+    model.queue.copy_(model.queue[:1].clone())
+    assert model.queue_similarity().item() == pytest.approx(1, abs=1e-5)
+
+
 @pytest.mark.parametrize(
     ("num_images", "num_groups", "sizes"),
     [(8, 4, [2, 2, 2, 2]), (10, 4, [3, 3, 2, 2]), (5, 4, [3, 2]), (3, 4, [3]), (2, 4, [2]), (1, 4, [1]), (6, 1, [6])],
