@@ -21,20 +21,21 @@ $(VENV)-cuda12/.ready: requirements-cuda12.txt requirements-common.txt requireme
 
 SMALL := --arch resnet18 --crop-size 64 --batch-size 32 --lr 0.01 --moco-k 256 --moco-m 0.999 --log-every 24
 
-PROBE := --arch resnet18 --crop-size 64 --knn
+LUNGS := --images demo/phantoms/images --masks demo/phantoms/masks --val-fraction 0.02 --test-fraction 0.1
+FEW := --num-train 4 --epochs 5 --min-steps-per-epoch 4 --runs 3 --arch resnet18 --size 64
 
 demo/phantoms/test_list.txt: $(VENV)/.ready
 	rm -rf demo/phantoms
 	$(RUN) -m pipeline.phantom demo/phantoms --num-images 2000 --size-px 128
 
-demo: demo/phantoms/test_list.txt  ## Phantoms, shards, both stages of pre-training, exports, a probe; made for a laptop's CPU.
+demo: demo/phantoms/test_list.txt  ## Phantoms, shards, both stages of pre-training, exports, fine-tuning; made for a laptop's CPU.
 	$(RUN) shard_cxr14.py pack demo/phantoms/images --out demo/shards --size 128 \
 	    --labels demo/phantoms/Data_Entry_2017.csv --boxes demo/phantoms/BBox_List_2017.csv \
 	    --train-val-list demo/phantoms/train_val_list.txt --test-list demo/phantoms/test_list.txt
 	$(RUN) train.py demo/shards --mode dir --run-dir demo/dir --epochs 7 $(SMALL)
 	$(RUN) train.py demo/shards --mode dira --run-dir demo/dira --epochs 2 $(SMALL) --init-from demo/dir/checkpoints/last.pt
-	$(RUN) finetune.py classify demo/shards --weights random $(PROBE) --run-dir demo/probe-random
-	$(RUN) finetune.py classify demo/shards --weights demo/dira/export/resnet18.pth $(PROBE) --run-dir demo/probe-dira
+	$(RUN) finetune.py segment $(LUNGS) $(FEW) --weights random --run-dir demo/lungs-random
+	$(RUN) finetune.py segment $(LUNGS) $(FEW) --weights demo/dira/export/unet.pth --run-dir demo/lungs-dira
 	@echo
 	@echo "Look at demo/dir/curves.png and the last of demo/dira/reconstructions/*.png (rows: input, output, target)."
 	@echo "Weights to fine-tune: demo/dira/export/unet.pth (smp.Unet), resnet18.pth (torchvision), resnet18.safetensors (timm)."
