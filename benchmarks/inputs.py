@@ -22,6 +22,7 @@ from pipeline.pack_job import pack
 from pipeline.packing import Store
 from pipeline.phantom import write_phantoms
 from pipeline.plan import PackSettings
+from settings import option
 
 NUM_SHARDS = 32  # enough for every worker process of a big machine to have one
 STORES: dict[str, tuple[Store, int]] = {
@@ -59,7 +60,7 @@ class ImageBenchmark:
         for name in ("num_images", "cores", "repeats"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise UsageError(f"--{name.replace('_', '-')} {value}: must be 1 or more")
+                raise UsageError(f"{option(name)} {value}: must be 1 or more")
         num_there = len(os.sched_getaffinity(0))
         if self.cores and self.cores > num_there:
             raise UsageError(f"--cores {self.cores}: there are only {num_there}")

@@ -103,7 +103,7 @@ def classify(settings: ClassifySettings) -> dict[str, Any]:
         runs = [run_seed(replace(settings, seed=seed), folder / f"seed-{seed}", device, precision) for seed in seeds]
         if not is_main:
             return {}
-        results = {"runs": runs, **summarise(runs)}
+        results = {"runs": runs, **summarise(runs, [name for name in runs[0] if name.endswith("mean_auc")])}
         write_json(folder / "results.json", results)
     spreads = {name: "" if std is None else f" ± {std:.4f}" for name, std in results["std"].items()}
     shown = ", ".join(f"{name} {mean:.4f}{spreads[name]}" for name, mean in results["mean"].items())

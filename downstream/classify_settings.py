@@ -8,7 +8,7 @@ import tyro
 from downstream.runs import FREE_TO_CHANGE
 from errors import UsageError
 from pipeline.spec import LabelledViewSpec
-from settings import Arch, Device, Fused, Precision, RunSettings
+from settings import Arch, Device, Fused, Precision, RunSettings, option
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class ClassifySettings(RunSettings):
         names = ("runs", "num_patients", "crop_size", "resized_size", "epochs", "patience", "batch_size", "lr")
         for name in (*names, "min_steps_per_epoch", "data_threads"):
             if (value := getattr(self, name)) is not None and value <= 0:
-                raise UsageError(f"--{name.replace('_', '-')} {value}: must be more than 0")
+                raise UsageError(f"{option(name)} {value}: must be more than 0")
         if self.seed < 0 or self.lr_patience < 0:
             raise UsageError("--seed and --lr-patience must be 0 or more")
         if not 0 < self.label_fraction <= 1:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from downstream.networks import load_unet
 from downstream.pictures import draw_masks, write_png
-from downstream.runs import FREE_TO_CHANGE, write_json
+from downstream.runs import FREE_TO_CHANGE, summarise, write_json
 from downstream.segment_data import (
     Batch,
     Pair,
@@ -45,7 +45,7 @@ from model.device import autocast, choose_device, choose_precision
 from model.optim import make_adam
 from model.unet import SIZE_STEP_PX, to_unit_range
 from rundir import RunLog, claim, lock
-from settings import Arch, Device, Fused, Precision, RunSettings
+from settings import Arch, Device, Fused, Precision, RunSettings, option
 
 SECONDS_BETWEEN_SAVES = 60
 RESULTS = "results.json"
@@ -126,7 +126,7 @@ class SegmentSettings(RunSettings):
         }
         for name in ("runs", "num_train", "batch_size", "lr", "epochs", "patience", "min_steps_per_epoch"):
             value = getattr(self, name)
-            wrong[f"--{name.replace('_', '-')} {value}: must be more than 0"] = value is not None and value <= 0
+            wrong[f"{option(name)} {value}: must be more than 0"] = value is not None and value <= 0
         for message, applies in wrong.items():
             if applies:
                 raise UsageError(message)
@@ -182,7 +182,7 @@ def segment(settings: SegmentSettings) -> dict[str, Any]:
         is_finished = all((place / RESULTS).exists() for place in folders.values())
         splits = {} if is_finished else read_splits(settings)
         runs = [_run_seed(settings, splits, seed, place, device, precision) for seed, place in folders.items()]
-        results = {"runs": runs, **_mean_and_std(runs)}
+        results = {"runs": runs, **summarise(runs, SCORES)}
         write_json(folder / RESULTS, results)
     summary = ", ".join(f"{name} {_with_spread(results, name)}" for name in results["mean"])
     print(f"{settings.weights}, {settings.runs} runs: {summary}; all of it in {folder}", flush=True)
@@ -365,16 +365,6 @@ def _test(run: Run, pairs: list[Pair]) -> dict[str, Any]:
         "hausdorff95_px": statistics.fmean(distances) if distances else None,
         "num_without_hausdorff95": len(images) - len(distances),
         "images": {name: scores._asdict() for name, scores in images.items()},
-    }
-
-
-def _mean_and_std(runs: list[dict[str, Any]]) -> dict[str, dict[str, float | None]]:
-    """Of every score, over the runs that have it; one run alone has no deviation."""
-    values = {name: [run[name] for run in runs if run[name] is not None] for name in SCORES}
-    values = {name: found for name, found in values.items() if found}
-    return {
-        "mean": {name: statistics.fmean(found) for name, found in values.items()},
-        "std": {name: statistics.stdev(found) if len(found) > 1 else None for name, found in values.items()},
     }
 
 

@@ -256,8 +256,8 @@ def _settle_best(run: Run, path: Path) -> None:
 def export_last(run: Run) -> Path:
     """Write the run's last weights for others to use, the whole folder at once.
 
-    Not those of the lowest validation loss: InfoNCE is lowest at the beginning, while keys that were queued a while ago
-    still differ from new ones, and rises as the network settles and all that tells keys apart is the radiograph.
+    Not those of the lowest validation loss, which can be early ones: InfoNCE is low while the network changes so much
+    that older keys in the queue differ from newer ones, and rises when only the radiograph tells keys apart.
     """
     folder = Path(run.settings.run_path) / "export"
     temporary = folder.with_name("export.tmp")
