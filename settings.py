@@ -107,6 +107,8 @@ class Settings(RunSettings):
     """Length of an embedding."""
     moco_k: int = 65536
     """Keys in the queue."""
+    queue_start: Literal["keys", "random"] = "keys"
+    """What the queue holds at first: keys of radiographs, an epoch's at most; or, as in MoCo, random directions."""
     moco_m: float = 0.999
     """Momentum of the key encoder's moving average."""
     moco_t: float = 0.2

@@ -31,6 +31,7 @@ from rundir import RunLog, check_config, lock, write_config, writing
 from settings import Settings
 from training.graphs import GraphedStep
 from training.loss_scale import SkippedSteps
+from training.queue_start import fill_queue
 from training.run import TERMS, Meter, Run, build, say
 from training.saving import Keeper, begin, export_last
 from training.step import stack_terms, train_step
@@ -43,6 +44,9 @@ def train(run: Run, meter: Meter, log: RunLog, keeper: Keeper) -> None:
     """Go from where `run` is to its end: one loop for every mode."""
     settings, names = run.settings, TERMS[run.settings.mode]
     skipped = SkippedSteps(run.scaler, run.device)
+    if settings.queue_start == "keys" and not run.has_queue:
+        fill_queue(run, keeper)
+        meter = Meter()
     if run.is_validation_due:
         finish_epoch(run, log, keeper)
     take_step = GraphedStep(run) if settings.cuda_graphs else train_step

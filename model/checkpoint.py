@@ -97,7 +97,16 @@ class Source(NamedTuple):
     """Whether its encoder takes images normalised by ImageNet's mean and deviation, as it has said when saved."""
 
 
-def initialise_from(model: DiRA, path: Path, arch: str, mode: str) -> str:
+class Start(NamedTuple):
+    """What a run has started from."""
+
+    line: str
+    """For the user: what was taken and what starts fresh."""
+    has_queue: bool
+    """Whether the queue was taken, too."""
+
+
+def initialise_from(model: DiRA, path: Path, arch: str, mode: str) -> Start:
     """Start a run from what a file holds: a checkpoint of ours, an export, or a checkpoint of the original code.
 
     Every part that both have is taken; without a key encoder the query's is copied; other parts start fresh.
@@ -107,9 +116,6 @@ def initialise_from(model: DiRA, path: Path, arch: str, mode: str) -> str:
         path: `.pt`, `.pth`, `.safetensors`, or the folder that smp's `save_pretrained` wrote.
         arch: The run's encoder.
         mode: The run's mode.
-
-    Returns:
-        One line for the user: what was taken and what starts fresh.
 
     Raises:
         UserError: The file can't be read, or what it holds doesn't fit the run.
@@ -137,7 +143,7 @@ def initialise_from(model: DiRA, path: Path, arch: str, mode: str) -> str:
         taken[taken.index("encoder")] = "encoder (for the keys too)"
     model.load_state_dict(state)
     line = f"{mode} starts from {path} ({source.kind}): {listed(taken)} taken, {listed([*fresh, 'optimizers'])} fresh"
-    return f"{line}, {listed(unused)} not needed" if unused else line
+    return Start(f"{line}, {listed(unused)} not needed" if unused else line, has_queue="queue" in taken)
 
 
 def export_weights(model: DiRA, arch: str, mode: str, folder: Path) -> None:

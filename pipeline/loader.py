@@ -108,6 +108,10 @@ class PretrainLoader:
         self._pipeline = self._build_pipeline(state["pipeline"].cpu().numpy().tobytes())
         self.num_batches_drawn = state["num_batches_drawn"]
 
+    def begin_here(self) -> None:
+        """Make the next batch the first of the first epoch; the data stays in its order."""
+        self.num_batches_drawn = 0
+
     def start_anew(self, num_batches_drawn: int) -> None:
         """Count on from `num_batches_drawn` with data in a new order: the number of ranks has changed."""
         seed = int(np.random.default_rng([self._spec.seed, num_batches_drawn]).integers(2**31))

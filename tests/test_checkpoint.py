@@ -125,7 +125,7 @@ def test_a_file_that_is_no_whole_checkpoint_is_named_in_one_line(tmp_path: Path)
 def test_a_dir_checkpoint_starts_a_dira_run_with_all_but_the_discriminator(tmp_path: Path) -> None:
     warm, model = build("dir"), build("dira", seed=1)
     fresh = copy.deepcopy(model.discriminator.state_dict())
-    line = initialise_from(model, save(warm.state_dict(), tmp_path / "last.pt"), "resnet18", "dira")
+    line, _ = initialise_from(model, save(warm.state_dict(), tmp_path / "last.pt"), "resnet18", "dira")
     taken = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("discriminator.")}
     assert_same(taken, warm.state_dict())
     assert_same(model.discriminator.state_dict(), fresh)
@@ -137,7 +137,7 @@ def test_a_dir_checkpoint_starts_a_dira_run_with_all_but_the_discriminator(tmp_p
 
 def test_a_dira_checkpoint_starts_a_dira_run_with_everything(tmp_path: Path) -> None:
     other, model = build("dira"), build("dira", seed=1)
-    line = initialise_from(model, save(other.state_dict(), tmp_path / "best.pt", "dira"), "resnet18", "dira")
+    line, _ = initialise_from(model, save(other.state_dict(), tmp_path / "best.pt", "dira"), "resnet18", "dira")
     assert_same(model.state_dict(), other.state_dict())
     assert line.endswith("key encoder, queue and discriminator taken, optimizers fresh")
 
@@ -145,11 +145,11 @@ def test_a_dira_checkpoint_starts_a_dira_run_with_everything(tmp_path: Path) -> 
 def test_a_di_checkpoint_leaves_the_decoder_fresh_and_a_di_run_needs_none(tmp_path: Path) -> None:
     other, model = build("di"), build("dir", seed=1)
     decoder = copy.deepcopy(model.query.decoder.state_dict())
-    line = initialise_from(model, save(other.state_dict(), tmp_path / "di.pt", "di"), "resnet18", "dir")
+    line, _ = initialise_from(model, save(other.state_dict(), tmp_path / "di.pt", "di"), "resnet18", "dir")
     assert_same(model.query.decoder.state_dict(), decoder)
     assert_same(model.query.encoder.state_dict(), other.query.encoder.state_dict())
     assert line.endswith("encoder, projection, key encoder and queue taken, decoder and optimizers fresh")
-    line = initialise_from(other, save(model.state_dict(), tmp_path / "dir.pt"), "resnet18", "di")
+    line, _ = initialise_from(other, save(model.state_dict(), tmp_path / "dir.pt"), "resnet18", "di")
     assert line.endswith("key encoder and queue taken, optimizers fresh, decoder not needed")
 
 
@@ -177,7 +177,7 @@ def test_every_tensor_of_an_original_checkpoint_is_found_again(
     original, path, model = original_checkpoint(), tmp_path / "checkpoint.pth", build("dir")
     saved = original if wrapped_in_ddp else {"state_dict": under("module.", original["state_dict"])}
     torch.save(saved, path, _use_new_zipfile_serialization=not legacy)
-    line = initialise_from(model, path, "resnet18", "dir")
+    line, _ = initialise_from(model, path, "resnet18", "dir")
     assert line.endswith("encoder, projection, decoder, key encoder and queue taken, optimizers fresh")
     theirs, found = original["state_dict"], set()
     for which, network in (("q", model.query), ("k", model.key)):
@@ -216,7 +216,7 @@ def test_an_export_starts_the_query_and_the_key_encoder(small: tuple[DiRA, Path]
     other, folder = small
     model = build("dira", seed=1)
     before = copy.deepcopy(model)
-    line = initialise_from(model, folder / name, "resnet18", "dira")
+    line, _ = initialise_from(model, folder / name, "resnet18", "dira")
     decoder = other if name in U_NETS else before
     assert_same(model.query.encoder.state_dict(), other.query.encoder.state_dict())
     assert_same(model.key.encoder.state_dict(), other.query.encoder.state_dict())

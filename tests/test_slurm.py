@@ -49,7 +49,8 @@ def test_every_task_is_a_rank_of_one_run(tmp_path: Path) -> None:
     )
     done = run_script(tmp_path, str(program))
     assert done.returncode == 0, done.stderr
-    assert sorted(done.stdout.splitlines()) == ["0 0 2 2 ['here', 'here']", "1 1 2 2 []"]
+    lines = [line for line in done.stdout.splitlines() if not line.startswith("[Gloo]")]  # of torch 2.10
+    assert sorted(lines) == ["0 0 2 2 ['here', 'here']", "1 1 2 2 []"]
 
 
 @pytest.mark.parametrize(("status", "requeued"), [(75, True), (1, False), (UsageError.exit_status, False), (0, False)])

@@ -84,7 +84,7 @@ def test_two_ranks_end_when_one_hangs_and_rank_0_names_it(how: str) -> None:
     try:
         for rank in ranks:
             assert rank.stdout is not None
-            assert rank.stdout.readline() == "ready\n"
+            assert "ready\n" in iter(rank.stdout.readline, "")  # gloo of torch 2.10 prints a line of its own before
         if how == "halted":
             ranks[1].send_signal(19)
         began_at_s = time.monotonic()

@@ -37,6 +37,8 @@ class Run(Learner):
     """Of the tars, against their checksums."""
     probe: "Probe | None"
     """Scores the encoder every `--probe-every` epochs."""
+    has_queue: bool = False
+    """Whether the queue holds keys of radiographs, not random directions."""
     is_validation_due: bool = False
     """Whether an epoch has ended whose validation was cut off: it comes first when the run goes on."""
     best_loss: float = math.inf

@@ -69,6 +69,8 @@ class Keeper:
     def stop(self, meter: Meter) -> None:
         """Save, wait until it is on the disk, and end this rank with a status that says so.
 
+        Before the first step there is nothing to save: what was done until then is done again.
+
         Raises:
             Unfinished: The run was asked to stop, or the disk refused a save. On ranks but the main one, SystemExit.
             UserError: A shard is not what was packed; the last checkpoint stays as it is. Likewise.
@@ -76,7 +78,7 @@ class Keeper:
         run = self._run
         problem = distributed.first_given(self._problem())
         try:
-            if problem is None:
+            if problem is None and run.step:
                 self.save(meter)
             self.finish()
         finally:
@@ -86,10 +88,8 @@ class Keeper:
         if problem:
             raise UserError(f"{problem}; stopped at step {run.step}: pack that set again, or restore it from a copy")
         why = self._request.name or "a signal to another rank"
-        last = run.checkpoints / "last.pt"
-        raise Unfinished(
-            f"stopped by {why} at step {run.step} of {run.num_steps}: the same command goes on from {last}"
-        )
+        goes_on = f"goes on from {run.checkpoints / 'last.pt'}" if run.step else "starts anew"
+        raise Unfinished(f"stopped by {why} at step {run.step} of {run.num_steps}: the same command {goes_on}")
 
     def _problem(self) -> str | None:
         """Why this rank can't go on: a line about a shard; an empty one where a save has failed, as `finish` says."""
@@ -159,7 +159,10 @@ def begin(run: Run) -> Meter:
         say(f"going on from {found.path}, step {run.step} of {run.num_steps}")
         return meter
     if run.settings.init_from:
-        say(initialise_from(run.model, Path(run.settings.init_from), run.settings.arch, run.settings.mode))
+        line, run.has_queue = initialise_from(
+            run.model, Path(run.settings.init_from), run.settings.arch, run.settings.mode
+        )
+        say(line)
     return Meter()
 
 
@@ -210,6 +213,7 @@ def restore(run: Run, path: Path) -> Meter:
 
 def _restore(run: Run, state: dict[str, Any]) -> Meter:
     run.model.load_state_dict(state["model"])
+    run.has_queue = True
     run.optimizer.load_state_dict(state["optimizer"])
     if run.disc_optimizer is not None:
         run.disc_optimizer.load_state_dict(state["disc_optimizer"])

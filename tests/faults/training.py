@@ -114,7 +114,10 @@ def stop_problem(process: Process, config: Config, status: int | None, run_dir: 
         return f"ended with {status}: {words[-500:]}"
     if "not finished: " not in words:
         return f"did not say that it goes on: {words[-500:]}"
-    return "" if is_whole(run_dir / "checkpoints" / "last.pt") else "left no whole last.pt"
+    last = run_dir / "checkpoints" / "last.pt"
+    if "the same command starts anew" in words:
+        return "left a checkpoint from before its first step" if last.exists() else ""
+    return "" if is_whole(last) else "left no whole last.pt"
 
 
 def disk_full(count: int, seed: int, work: Path) -> Tally:
