@@ -1,7 +1,7 @@
 """What a run is: a frozen dataclass, whose fields are a command line's options and config.json's keys."""
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, ClassVar, Literal, Self, get_type_hints
 
 import typeguard
@@ -29,8 +29,14 @@ class RunSettings:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], source: str) -> Self:
-        """Settings as `source` holds them. Raise UserError at keys that are unknown or missing and at wrong types."""
-        if wrong := sorted(values.keys() ^ {field.name for field in fields(cls)}):
+        """Settings as `source` holds them; options that are younger than it have their defaults, so that runs go on.
+
+        Raises:
+            UserError: A key is unknown or has the wrong type, or there is none for what has no default.
+        """
+        required = {field.name for field in fields(cls) if field.default is field.default_factory is MISSING}
+        known = {field.name for field in fields(cls)}
+        if wrong := sorted((values.keys() - known) | (required - values.keys())):
             raise UserError(f"{source}: settings {', '.join(wrong)} are unknown or missing: another version wrote it")
         values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
         hints = get_type_hints(cls)

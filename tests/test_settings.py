@@ -23,9 +23,15 @@ def test_unknown_and_missing_keys_raise_and_are_named() -> None:
     values = SETTINGS.to_dict()
     with pytest.raises(UserError, match=r"config\.json.*colour"):
         Settings.from_dict(values | {"colour": 1}, "config.json")
-    del values["lr"]
-    with pytest.raises(UserError, match=r"settings lr are unknown or missing"):
+    del values["shards"]
+    with pytest.raises(UserError, match=r"settings shards are unknown or missing"):
         Settings.from_dict(values, "config.json")
+
+
+def test_an_option_that_an_older_run_did_not_have_takes_its_default() -> None:
+    values = SETTINGS.to_dict()
+    del values["queue_start"]
+    assert Settings.from_dict(values, "config.json") == SETTINGS
 
 
 @pytest.mark.parametrize(
