@@ -16,6 +16,7 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 from errors import Unfinished, UserError
+from pipeline.packing import write_whole
 from provenance import find_commit, find_versions
 from settings import RunSettings
 
@@ -74,7 +75,7 @@ def write_config(folder: Path, settings: RunSettings, chosen: dict[str, Any]) ->
         "git_commit": find_commit(),
         "command": [sys.executable, *sys.argv],
     }
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_whole(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
 
 
 def claim(folder: Path, settings: RunSettings, chosen: dict[str, Any]) -> None:
@@ -97,9 +98,7 @@ class RunLog:
             return
         self._path = folder / "metrics.jsonl"
         self.lines = [line for line in read_metrics(self._path) if line["step"] <= first_step]
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
-        temporary.replace(self._path)
+        write_whole(self._path, "".join(json.dumps(line) + "\n" for line in self.lines).encode())
         self._file = self._path.open("a")
         self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
         self._bar = tqdm(total=num_steps, initial=first_step, unit="step", disable=not sys.stderr.isatty())

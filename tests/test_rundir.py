@@ -61,6 +61,21 @@ def test_config_holds_settings_versions_and_commit(tmp_path: Path) -> None:
     assert "git_commit" in config
 
 
+def test_a_kill_never_leaves_half_a_config_or_half_the_metrics(tmp_path: Path) -> None:
+    """They are replaced, never written over: who has opened the old ones still reads them whole."""
+    (tmp_path / "metrics.jsonl").write_text(f"{json.dumps(line(1))}\n{json.dumps(line(2))}\n")
+    write_config(tmp_path, SETTINGS, {})
+    paths = [tmp_path / "config.json", tmp_path / "metrics.jsonl"]
+    contents, files = [path.read_text() for path in paths], [path.open() for path in paths]
+    write_config(tmp_path, SETTINGS, {"precision": "fp32"})
+    with RunLog(tmp_path, first_step=1, num_steps=2, is_main=True):
+        pass
+    assert [file.read() for file in files] == contents
+    assert [path.read_text() for path in paths] != contents
+    for file in files:
+        file.close()
+
+
 def test_lines_go_to_metrics_and_tensorboard(tmp_path: Path) -> None:
     with RunLog(tmp_path, first_step=0, num_steps=2, is_main=True) as log:
         for step in (1, 2):
