@@ -11,7 +11,7 @@ from benchmarks.precision_band import BAND, largest_deviation, loss_curves
 from errors import UsageError
 from model.device import choose_precision
 from tests.commands import run_command
-from tests.test_train import small
+from tests.small_runs import small
 
 CPU = torch.device("cpu")
 

@@ -9,7 +9,7 @@ from errors import UserError
 from pipeline.check import BackgroundCheck
 from pipeline.packing import parse_index
 from pipeline.shardset import ShardSet
-from tests.test_train import small
+from tests.small_runs import small
 
 
 def flip_a_pixel(shards: Path) -> str:

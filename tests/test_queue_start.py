@@ -12,8 +12,8 @@ from errors import Unfinished
 from model import distributed
 from model.moco import shuffle_permutation
 from settings import Settings
+from tests.small_runs import CPU, assert_ended_alike, keeper_of, last_checkpoint, small
 from tests.test_distributed import RANKS, run_on_ranks
-from tests.test_train import CPU, assert_ended_alike, keeper_of, last_checkpoint, small
 from training import queue_start
 from training.run import Run, build
 from training.saving import Keeper
