@@ -129,7 +129,7 @@ def draw_chart(path: Path, rows: list[dict[str, Any]], metric: str) -> None:
     """Draw a PNG of bars with the standard deviations as error bars, grouped by the amount of labels."""
     inits, amounts = unique(row["weights"] for row in rows), unique(row["labels"] for row in rows)
     scale, width = scale_of(metric), 0.8 / len(inits)
-    figure = Figure(figsize=(max(5, 1 + 0.5 * len(inits) * len(amounts)), 4))
+    figure = Figure(figsize=(max(5, 1 + 0.5 * len(inits) * len(amounts)), 4), layout="constrained")
     axis = figure.subplots()
     shown = []
     for i, init in enumerate(inits):
@@ -143,8 +143,7 @@ def draw_chart(path: Path, rows: list[dict[str, Any]], metric: str) -> None:
     axis.set_ylim(low - margin, high + margin)  # bars don't begin at 0: differences are small beside the scores
     axis.set_xticks(np.arange(len(amounts)) + width * (len(inits) - 1) / 2, amounts)
     axis.set(xlabel="labels", ylabel=title(metric))
-    axis.legend()
-    figure.tight_layout()
+    figure.legend(loc="outside upper center", ncols=min(4, len(inits)))
     figure.savefig(path, dpi=110)
 
 
