@@ -19,10 +19,10 @@ $(VENV)-cuda12/.ready: requirements-cuda12.txt requirements-common.txt requireme
 	$(VENV)-cuda12/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-cuda12.txt -r requirements-dev.txt
 	touch $@
 
-SMALL := --arch resnet18 --crop-size 64 --batch-size 32 --lr 0.01 --moco-k 256 --moco-m 0.999 --log-every 24
+SMALL := --arch resnet18 --crop-size 64 --batch-size 32 --moco-k 256 --moco-m 0.999 --log-every 24
 
 LUNGS := --images demo/phantoms/images --masks demo/phantoms/masks --val-fraction 0.02 --test-fraction 0.1
-FEW := --num-train 4 --epochs 5 --min-steps-per-epoch 4 --runs 3 --arch resnet18 --size 64
+FEW := --num-train 4 --epochs 5 --min-steps-per-epoch 4 --runs 5 --arch resnet18 --size 64
 
 demo/phantoms/test_list.txt: $(VENV)/.ready
 	rm -rf demo/phantoms
