@@ -13,7 +13,7 @@ def fill_queue(run: Run, keeper: Keeper) -> None:
     """Begin with keys of radiographs in the queue: of an epoch at most, repeated where it holds more.
 
     Random directions, MoCo's beginning, are told from every key at a glance. While they last, InfoNCE falls where all
-    radiographs are embedded alike, and a short run does not come out of that again.
+    radiographs are embedded alike, and a short run may not come out of that again.
     """
     size, batch_size = run.settings.moco_k, run.settings.batch_size
     num_batches = min(math.ceil(size / batch_size), run.loader.steps_per_epoch)
