@@ -70,7 +70,9 @@ def in_fresh_process(function: str, num_ranks: int = 1, **arguments: Any) -> Fig
         UserError: As it does; if it fails otherwise, with the last line that it wrote to standard error.
     """
     module, name = function.split(":")
-    code = f"import json, sys; from {module} import {name} as f; print(json.dumps(f(**json.loads(sys.argv[1]))))"
+    # In one write, end of line and all: several ranks share the pipe, and Python may be unbuffered.
+    code = f"import json, sys; from {module} import {name} as f; result = json.dumps(f(**json.loads(sys.argv[1])))"
+    code += "; sys.stdout.write(result + chr(10))"
     command = [sys.executable, "-c", code, json.dumps(arguments)]
     if num_ranks > 1:
         torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks), "--no-python")
